@@ -1,0 +1,483 @@
+"""LeadLag-v0: choose the lookback of a lead-lag strategy, bar by bar.
+
+At every bar the market measures who leads and who follows over the chosen lookback (`features.leadlag_signal`), takes the
+sign of the leaders' last mean return, and holds the followers that way until the next bar (the follower portfolio of
+Cartea, Cucuringu & Jin 2023). The agent's only choice is the lookback. What is right depends on how fast the network
+changes, and that has to be read from the market.
+
+The signals of all lookbacks at all bars are computed once (`LeadLagData`) and shared by every market instance: a
+step indexes them, so that it costs the same whatever the lookback.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from numba import cuda, njit, prange
+
+from envs.costs import EQUITY, GROSS_EXPOSURE, NET_EXPOSURE, Costs, account_step, default_fill, execution, load_costs
+from envs.features import REGIME_FEATURES, leadlag_signal, regime_features, standardised_returns
+from envs.panel import Panel, Split
+from envs.synthetic import load_market
+from envs.vector import STATE, MarketEnv, MarketVectorEnv, uniform
+
+ABSOLUTE, DELTA, HYBRID = 0, 1, 2
+ACTIONS = {"absolute": ABSOLUTE, "delta": DELTA, "hybrid": HYBRID}
+ROWS, TOPK, FULL = 0, 1, 2
+ENCODERS = {"rows": ROWS, "topk": TOPK, "full": FULL}
+COMPONENTS = ("log_growth", "strength", "stability", "extremity", "jump")
+RUIN = 0.05  # an equity below this fraction of the start ends the episode
+
+
+@dataclass(frozen=True)
+class LeadLagConfig:
+    """What defines the market; everything that the tables are computed from."""
+
+    costs: str = "institutional"
+    fill: str = "auto"  # next_open where the panel has opens, else next_close; or same_close
+    num_lookbacks: int = 8
+    min_lookback: int = 5
+    max_lookback: int = 250
+    signal: str = "xcorr"  # or levy
+    max_lag: int = 1  # lags 1..max_lag of the cross-correlation
+    top_fraction: float = 0.3  # leaders are the top, followers the bottom fraction of the row means
+    hedge: bool = False  # short the market against the followers: net exposure 0
+    gross: float = 1.0  # gross exposure of the follower portfolio
+    min_symbols: int = 4  # a lookback needs as many eligible symbols
+    min_coverage: float = 0.8  # share of bars that a symbol must have in the window
+    min_dollar_volume: float = 0.0  # mean traded value per bar that a symbol must have in the window
+    encoder: str = "rows"  # rows: all row means; topk: the k largest and smallest; full: the matrix
+    topk: int = 3
+
+    def __post_init__(self):
+        def expect(ok, field, what):
+            if not ok:
+                raise ValueError(f"{field}={getattr(self, field)!r}: expected {what}")
+
+        expect(self.fill in ("auto", "next_open", "next_close", "same_close"), "fill", "auto or a fill rule")
+        expect(self.min_lookback >= 2, "min_lookback", "at least 2")
+        expect(self.max_lookback > self.min_lookback, "max_lookback", f"more than min_lookback={self.min_lookback}")
+        expect(self.num_lookbacks >= 2, "num_lookbacks", "at least 2")
+        expect(0 < self.top_fraction <= 0.5, "top_fraction", "a fraction in (0, 0.5]")
+        expect(0 < self.gross, "gross", "a positive number")
+        expect(self.min_symbols >= 2, "min_symbols", "at least 2")
+        expect(0 < self.min_coverage <= 1, "min_coverage", "a fraction in (0, 1]")
+        expect(self.encoder in ENCODERS, "encoder", f"one of {sorted(ENCODERS)}")
+        expect(self.topk >= 1, "topk", "at least 1")
+
+    @property
+    def lookbacks(self) -> np.ndarray:
+        """(K,) int64, geometric from min_lookback to max_lookback, in bars."""
+        grid = np.geomspace(self.min_lookback, self.max_lookback, self.num_lookbacks).round().astype(np.int64)
+        if len(np.unique(grid)) < len(grid):
+            raise ValueError(
+                f"num_lookbacks={self.num_lookbacks}: {self.min_lookback}..{self.max_lookback} has not that many "
+                "different lookbacks; expected fewer"
+            )
+        return grid
+
+
+class LeadLagMarket(NamedTuple):
+    """Read-only arrays that the kernels index by bar t and lookback k."""
+
+    to_fill: np.ndarray  # (T, N), like the next four as in costs.Execution
+    to_mark: np.ndarray
+    status: np.ndarray
+    impact: np.ndarray
+    years: np.ndarray
+    fill_at_end: bool
+    rates: np.ndarray  # (1,) costs.RATES
+    targets: np.ndarray  # (T, K, N) float32 weights of the follower portfolio
+    valid: np.ndarray  # (T, K) bool: history, coverage and liquidity suffice
+    encoded: np.ndarray  # (T, K, E) float32
+    strength: np.ndarray  # (T, K) float32
+    stability: np.ndarray  # (T, K, K) float32: matrix k now against matrix k' one bar before
+    extremity: np.ndarray  # (T, K) float32: mean score of the leaders minus mean score of the followers
+    regime: np.ndarray  # (T, F) float32
+    starts: np.ndarray  # (R,) first row of each range at which a decision can be taken
+    stops: np.ndarray  # (R,) end of each range
+
+
+class LeadLagData:
+    """A panel with the tables of LeadLag-v0 over it, shared by all environments on that panel.
+
+    Attributes: `panel`, `config`, `costs` (Costs), `fill`, `lookbacks` (K,), `signal` (LeadLagSignal), and `layout`: the
+    name of each block of the observation -> slice. Raises ValueError naming the field, PanelError for the panel.
+    """
+
+    def __init__(self, panel: Panel, config: LeadLagConfig = LeadLagConfig()):
+        self.panel, self.config = panel, config
+        self.costs: Costs = load_costs(config.costs)
+        self.fill = default_fill(panel) if config.fill == "auto" else config.fill
+        self.lookbacks = config.lookbacks
+        n, count = panel.num_symbols, len(self.lookbacks)
+        if n < config.min_symbols:
+            raise ValueError(f"panel {panel.name!r} has {n} symbols; expected at least min_symbols={config.min_symbols}")
+        self.signal = leadlag_signal(
+            panel, self.lookbacks, config.signal, config.max_lag, config.min_coverage, config.min_dollar_volume,
+            keep_matrix=config.encoder == "full",
+        )  # fmt: skip
+        self.execution = execution(panel, self.fill, self.costs)
+        self.valid = self.signal.eligible.sum(axis=2) >= config.min_symbols
+        self.regime = regime_features(panel)
+        self.targets, self.extremity, topk = follower_portfolios(
+            self.signal.scores, self.signal.eligible, self.valid, standardised_returns(panel),
+            config.top_fraction, config.hedge, config.gross, config.topk if config.encoder == "topk" else 0,
+        )  # fmt: skip
+        self.encoded = {"rows": self.signal.scores, "topk": topk, "full": self.signal.matrix}[config.encoder]
+        self.layout, at = {}, 0
+        for name, size in (("signal", self.encoded.shape[2]), ("strength", count), ("lookback", count),
+                           ("portfolio", 4), ("regime", len(REGIME_FEATURES))):  # fmt: skip
+            self.layout[name] = slice(at, at + size)
+            at += size
+        self.observation_size = at
+
+    def market(self, split: Split) -> LeadLagMarket:
+        starts = []
+        for start, stop in split.ranges:
+            usable = np.flatnonzero(self.valid[start : stop - 1].any(axis=1))
+            if len(usable) == 0:
+                raise ValueError(
+                    f"panel {self.panel.name!r}, split {split.name!r}: no lookback has {self.config.min_symbols} eligible "
+                    f"symbols in rows {start}..{stop - 1}; expected more bars or symbols, or a smaller --min-lookback"
+                )
+            starts.append(start + usable[0])
+        s = self.signal
+        return LeadLagMarket(
+            *self.execution, self.costs.rates, self.targets, self.valid, self.encoded, s.strength, s.stability,
+            self.extremity, self.regime, np.array(starts), split.ranges[:, 1].copy(),
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        return {**asdict(self.config), "fill": self.fill, "costs": asdict(self.costs), "lookbacks": self.lookbacks.tolist()}
+
+
+@njit(cache=True, error_model="numpy", parallel=True)
+def follower_portfolios(scores, eligible, valid, x, top_fraction, hedge, gross, topk):
+    """Weights (T, K, N) float32 of the follower portfolio, extremity (T, K), and the `topk` encoding (T, K, 3 topk).
+
+    Leaders are the top_fraction of eligible symbols by score, followers the bottom. Followers are held with the sign
+    of the leaders' mean standardised return of bar t. With a hedge the equal-weight market is held against them
+    and the whole scaled to `gross`. The encoding: topk largest scores, topk smallest, and the leaders' last returns.
+    """
+    rows, count, symbols = scores.shape
+    weights = np.zeros((rows, count, symbols), dtype=np.float32)
+    extremity = np.zeros((rows, count), dtype=np.float32)
+    encoded = np.zeros((rows, count, 3 * topk), dtype=np.float32)
+    for t in prange(rows):
+        for k in range(count):
+            if not valid[t, k]:
+                continue
+            members = np.flatnonzero(eligible[t, k])
+            order = members[np.argsort(scores[t, k][members], kind="mergesort")]
+            n = len(order)
+            m = max(1, int(round(top_fraction * n)))
+            lead, spread = 0.0, 0.0
+            for q in range(m):
+                lead += x[t, order[n - 1 - q]]
+                spread += (scores[t, k, order[n - 1 - q]] - scores[t, k, order[q]]) / m
+            extremity[t, k] = spread
+            for q in range(min(topk, n)):
+                encoded[t, k, q] = scores[t, k, order[n - 1 - q]]
+                encoded[t, k, topk + q] = scores[t, k, order[q]]
+                encoded[t, k, 2 * topk + q] = x[t, order[n - 1 - q]]
+            side = np.sign(lead) * gross
+            for q in range(m):
+                weights[t, k, order[q]] = side / m
+            if hedge:
+                total = 0.0
+                for q in range(n):
+                    weights[t, k, order[q]] -= side / n
+                    total += abs(weights[t, k, order[q]])
+                for q in range(n):
+                    weights[t, k, order[q]] *= gross / total if total > 0.0 else 0.0
+    return weights, extremity, encoded
+
+
+class Parameters(NamedTuple):
+    """Scalars of the kernels; those of the curriculum and of annealing move between steps."""
+
+    actions: int  # ABSOLUTE, DELTA or HYBRID
+    max_jump: int  # grid steps that the lookback may move in one bar
+    lowest: int  # curriculum: grid indices allowed now
+    highest: int
+    episode_length: int  # bars; 0: to the end of the range
+    random_start: bool
+    initial: int  # lookback index at the start of an episode
+    w_growth: float  # weights of the reward components, annealing included
+    w_strength: float
+    w_stability: float
+    w_extremity: float
+    w_jump: float
+
+
+@njit(cache=True, error_model="numpy")
+def _allowed(valid, p, t, k, k_now):
+    return valid[t, k] and p.lowest <= k <= p.highest and abs(k - k_now) <= p.max_jump
+
+
+@njit(cache=True, error_model="numpy")
+def _fallback(valid, t, k_now):
+    """The lookback to hold where no action is allowed: the present one, or the nearest that is valid."""
+    count = valid.shape[1]
+    for distance in range(count):
+        if k_now - distance >= 0 and valid[t, k_now - distance]:
+            return k_now - distance
+        if k_now + distance < count and valid[t, k_now + distance]:
+            return k_now + distance
+    return k_now
+
+
+@njit(cache=True, error_model="numpy")
+def _lookback_of(action, k_now, count, kind):
+    """Grid index that an action asks for (delta: down, stay, up; hybrid: K absolute ones, then the three deltas)."""
+    if kind == ABSOLUTE or (kind == HYBRID and action < count):
+        return action
+    return k_now + action - 1 if kind == DELTA else k_now + action - count - 1
+
+
+@njit(cache=True, error_model="numpy")
+def observe(i, m, p, s, record, mask, obs):
+    """Write market i's observation and action mask. Blocks as in LeadLagData.layout."""
+    valid = m.valid
+    count = valid.shape[1]
+    t, k = s.t, s.lookback
+    at = m.encoded.shape[2]
+    for e in range(at):
+        obs[i, e] = m.encoded[t, k, e]
+    for q in range(count):
+        obs[i, at + q] = m.strength[t, q]
+        obs[i, at + count + q] = 1.0 if q == k else 0.0
+    at += 2 * count
+    obs[i, at] = m.stability[t, k, k]
+    obs[i, at + 1] = record[i, GROSS_EXPOSURE] if s.length > 0 else 0.0
+    obs[i, at + 2] = record[i, NET_EXPOSURE] if s.length > 0 else 0.0
+    obs[i, at + 3] = s.equity / s.peak - 1.0
+    at += 4
+    for f in range(m.regime.shape[1]):
+        obs[i, at + f] = m.regime[t, f]
+    any_allowed = False
+    for a in range(mask.shape[1]):
+        target = _lookback_of(a, k, count, p.actions)
+        mask[i, a] = 0 <= target < count and _allowed(valid, p, t, target, k)
+        any_allowed = any_allowed or mask[i, a]
+    if not any_allowed:
+        hold = _fallback(valid, t, k)
+        if p.actions == ABSOLUTE:
+            mask[i, hold] = True
+        else:
+            mask[i, mask.shape[1] - 2] = True  # stay
+
+
+@njit(cache=True, error_model="numpy")
+def reset_one(i, m, p, state, weights, record, mask, obs):
+    """Begin an episode in market i: a random window of the split, or, without random_start, range i from its start."""
+    s = state[i]
+    ranges = len(m.starts)
+    if p.random_start:
+        total = 0
+        for r in range(ranges):
+            total += max(1, m.stops[r] - m.starts[r] - p.episode_length)
+        pick = int(uniform(s.key, s.counter) * total)
+        s.counter += np.uint64(1)
+        for r in range(ranges):
+            choices = max(1, m.stops[r] - m.starts[r] - p.episode_length)
+            if pick < choices:
+                break
+            pick -= choices
+    else:
+        r, pick = i % ranges, 0
+    s.t = m.starts[r] + pick
+    s.stop = m.stops[r]
+    if p.episode_length > 0:
+        s.stop = min(s.stop, s.t + p.episode_length + 1)
+    s.length = 0
+    s.equity = 1.0
+    s.peak = 1.0
+    s.lookback = _fallback(m.valid, s.t, min(max(p.initial, p.lowest), p.highest))
+    weights[i, :] = 0.0
+    observe(i, m, p, s, record, mask, obs)
+
+
+@njit(cache=True, error_model="numpy")
+def step_one(i, m, p, state, weights, actions, b):
+    """One bar of market i: order, fill, mark, reward, observation; a new episode where this one ended."""
+    s = state[i]
+    t, before = s.t, s.lookback
+    wanted = _lookback_of(actions[i], before, m.valid.shape[1], p.actions)
+    s.lookback = k = wanted if b.mask[i, actions[i]] and m.valid[t, wanted] else _fallback(m.valid, t, before)
+    record = b.record[i]
+    growth = account_step(
+        weights[i], m.targets[t, k], m.to_fill[t], m.to_mark[t], m.status[t],
+        m.impact[min(t, len(m.impact) - 1)], m.years[t], m.fill_at_end, s.equity, m.rates[0], record,
+    )  # fmt: skip
+    s.equity *= growth
+    s.peak = max(s.peak, s.equity)
+    s.t = t + 1
+    s.length += 1
+    record[EQUITY] = s.equity
+    log_growth = math.log(max(growth, RUIN))
+    jump = abs(k - before) / (m.valid.shape[1] - 1)
+    b.row[i] = t
+    b.components[i, 0] = log_growth
+    b.components[i, 1] = m.strength[t, k]
+    b.components[i, 2] = m.stability[t, k, before]
+    b.components[i, 3] = m.extremity[t, k]
+    b.components[i, 4] = jump
+    b.reward[i] = (
+        p.w_growth * log_growth + p.w_strength * m.strength[t, k] + p.w_stability * m.stability[t, k, before]
+        + p.w_extremity * m.extremity[t, k] - p.w_jump * jump
+    )  # fmt: skip
+    b.terminated[i] = s.equity <= RUIN
+    b.truncated[i] = not b.terminated[i] and s.t >= s.stop - 1
+    if b.terminated[i] or b.truncated[i]:
+        observe(i, m, p, s, b.record, b.final_mask, b.final_obs)
+        reset_one(i, m, p, state, weights, b.record, b.mask, b.obs)
+    else:
+        observe(i, m, p, s, b.record, b.mask, b.obs)
+
+
+@njit(cache=True, error_model="numpy")
+def reset_serial(m, p, state, weights, b):
+    for i in range(len(state)):
+        reset_one(i, m, p, state, weights, b.record, b.mask, b.obs)
+
+
+@njit(cache=True, error_model="numpy", parallel=True)
+def reset_parallel(m, p, state, weights, b):
+    for i in prange(len(state)):
+        reset_one(i, m, p, state, weights, b.record, b.mask, b.obs)
+
+
+@njit(cache=True, error_model="numpy")
+def step_serial(m, p, state, weights, actions, b):
+    for i in range(len(state)):
+        step_one(i, m, p, state, weights, actions, b)
+
+
+@njit(cache=True, error_model="numpy", parallel=True)
+def step_parallel(m, p, state, weights, actions, b):
+    for i in prange(len(state)):
+        step_one(i, m, p, state, weights, actions, b)
+
+
+@cuda.jit
+def reset_cuda(m, p, state, weights, b):
+    i = cuda.grid(1)
+    if i < len(state):
+        reset_one(i, m, p, state, weights, b.record, b.mask, b.obs)
+
+
+@cuda.jit
+def step_cuda(m, p, state, weights, actions, b):
+    i = cuda.grid(1)
+    if i < len(state):
+        step_one(i, m, p, state, weights, actions, b)
+
+
+class LeadLagVectorEnv(MarketVectorEnv):
+    """`gym.make_vec("LeadLag-v0", num_envs=4096)`: many lead-lag markets over one panel.
+
+    data: LeadLagData, or the name of a market (`--market`), then drawn with `market_seed` and `config` fields.
+    split: "train", "val", "test", or a Split. episode_length: bars, 0 for the whole range. random_start: a random window;
+    otherwise market i runs range i of the split. actions: absolute (K lookbacks), delta (down, stay, up) or hybrid (both).
+    max_jump: most grid steps per bar (0: no limit). curriculum: (lowest, highest) lookback in bars allowed at the start;
+    the bounds widen linearly to all over `curriculum_steps` calls of step. reward_weights: component name -> weight;
+    all but log_growth fade linearly to 0 over `anneal_steps` calls (0: never). A masked action keeps the lookback.
+    """
+
+    component_names = COMPONENTS
+    _reset_loops = (reset_serial, reset_parallel)
+    _step_loops = (step_serial, step_parallel)
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        data: LeadLagData | str = "synthetic:leadlag",
+        split: Split | str = "train",
+        actions: str = "absolute",
+        episode_length: int = 256,
+        random_start: bool = True,
+        max_jump: int = 0,
+        curriculum: tuple[int, int] | None = None,
+        curriculum_steps: int = 0,
+        reward_weights: dict[str, float] | None = None,
+        anneal_steps: int = 0,
+        num_threads: int | None = None,
+        market_seed: int = 0,
+        **config,
+    ):
+        if isinstance(data, str):
+            data = LeadLagData(load_market(data, market_seed), LeadLagConfig(**config))
+        elif config:
+            raise ValueError(f"{sorted(config)}: expected none of LeadLagConfig's fields beside a LeadLagData")
+        if isinstance(split, str):
+            splits = data.panel.split()
+            if split not in splits:
+                raise ValueError(f"split={split!r}: expected one of {sorted(splits)} or a Split")
+            split = splits[split]
+        if actions not in ACTIONS:
+            raise ValueError(f"actions={actions!r}: expected one of {sorted(ACTIONS)}")
+        self.data, self.actions = data, actions
+        count = len(data.lookbacks)
+        self.episode_length, self.random_start = episode_length, random_start
+        self.max_jump = max_jump if max_jump > 0 else count
+        self.reward_weights = {"log_growth": 1.0} | dict.fromkeys(COMPONENTS[1:], 0.0) | (reward_weights or {})
+        if set(self.reward_weights) != set(COMPONENTS):
+            raise ValueError(f"reward_weights: {sorted(self.reward_weights)}: expected only {COMPONENTS}")
+        self.anneal_steps, self.curriculum_steps = anneal_steps, curriculum_steps
+        self.bounds = (0, count - 1)
+        if curriculum is not None:
+            inside = np.flatnonzero((data.lookbacks >= curriculum[0]) & (data.lookbacks <= curriculum[1]))
+            if len(inside) == 0:
+                raise ValueError(f"curriculum={curriculum}: expected bounds with one of {data.lookbacks.tolist()} inside")
+            self.bounds = (int(inside[0]), int(inside[-1]))
+        self.steps = 0  # calls of step, for curriculum and annealing
+        number = {"absolute": count, "delta": 3, "hybrid": count + 3}[actions]
+        super().__init__(
+            num_envs, split, data.panel.num_symbols, data.observation_size, gym.spaces.Discrete(number), number,
+            [("lookback", np.int64)], num_threads,
+        )  # fmt: skip
+        self._market = data.market(split)
+
+    def _parameters(self) -> Parameters:
+        last = len(self.data.lookbacks) - 1
+        opened = min(1.0, self.steps / self.curriculum_steps) if self.curriculum_steps > 0 else 0.0
+        fade = max(0.0, 1.0 - self.steps / self.anneal_steps) if self.anneal_steps > 0 else 1.0
+        w = self.reward_weights
+        return Parameters(
+            ACTIONS[self.actions],
+            self.max_jump,
+            round(self.bounds[0] * (1.0 - opened)),
+            round(self.bounds[1] + (last - self.bounds[1]) * opened),
+            self.episode_length,
+            self.random_start,
+            last // 2,
+            float(w["log_growth"]),
+            *(float(w[name]) * fade for name in COMPONENTS[1:]),
+        )
+
+    def step(self, actions, out=None):
+        result = super().step(actions, out)
+        self.steps += 1
+        return result
+
+    def _infos(self, copy, done):
+        infos = super()._infos(copy, done)
+        infos["lookback"] = self.data.lookbacks[self._state.lookback]
+        return infos
+
+    def get_state(self):
+        return super().get_state() | {"steps": np.array([self.steps])}
+
+    def set_state(self, state):
+        super().set_state(state)
+        self.steps = int(state["steps"][0])
+
+
+class LeadLagEnv(MarketEnv):
+    """`gym.make("LeadLag-v0")`: one market; takes the keyword arguments of LeadLagVectorEnv."""
+
+    vector_class = LeadLagVectorEnv

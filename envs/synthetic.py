@@ -1,0 +1,192 @@
+"""Markets whose best policy is known, drawn from a seed; and `load_market`, which turns any `--market` into a panel.
+
+`synthetic:<name>[:key=value...]` draws independent price histories for training, validation and test, each from a
+seed of its own, so that evaluation always runs on markets that training never saw. The truth (regime, expected
+return) is kept in `panel.hidden` for oracles and is never part of an observation.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from envs.costs import parse_options
+from envs.panel import Panel, PanelError, load_panel
+
+SPLITS = ("train", "val", "test")
+SLOW, FAST = 0, 1  # values of hidden["regime"] on the lead-lag market
+OVERNIGHT, INTRADAY = np.sqrt(0.1), np.sqrt(0.9)  # shares of a bar's standard deviation
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Keys that every synthetic market takes: how many independent histories of how many bars."""
+
+    assets: int = 10
+    bars: int = 3000
+    train: int = 8
+    val: int = 6
+    test: int = 20
+
+    def __post_init__(self):
+        for key, least in (("assets", 2), ("bars", 300), ("train", 1), ("val", 1), ("test", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {least}")
+
+
+@dataclass(frozen=True)
+class LeadLag(Histories):
+    """Leaders move first, followers copy them one bar later; who leads is redrawn, slowly or fast.
+
+    A follower's next bar holds `beta` times its volatility times the leaders' standardised mean shock; a leader's
+    holds `-retrace` times as much of the followers' (it gives back what they overdo), so that a lookback which still
+    sees the network of yesterday loses. In the slow regime the network lasts `life_slow` bars and is faint: only a long
+    lookback can see it. In the fast regime it is strong, and leaders and followers change places every `life_fast`
+    bars: only a short one keeps up. The volatilities (per bar) tell the regimes apart. Durations are exponential.
+    """
+
+    leaders: int = 4
+    followers: int = 4
+    beta_slow: float = 0.14
+    beta_fast: float = 0.6
+    retrace: float = 1.0
+    vol_slow: float = 0.02
+    vol_fast: float = 0.01
+    life_slow: float = 800.0
+    life_fast: float = 50.0
+    regime_bars: float = 300.0
+    lag: int = 1
+
+    def __post_init__(self):
+        Histories.__post_init__(self)
+        if self.leaders < 1 or self.followers < 1 or self.leaders + self.followers > self.assets:
+            raise ValueError(
+                f"synthetic:leadlag: leaders={self.leaders}, followers={self.followers}: expected at least 1 of each, "
+                f"together at most assets={self.assets}"
+            )
+
+    def draw(self, rng: np.random.Generator):
+        """Overnight and intraday log returns (bars, assets), and the truth by name."""
+        overnight = OVERNIGHT * rng.standard_normal((self.bars, self.assets))
+        intraday = INTRADAY * rng.standard_normal((self.bars, self.assets))
+        orders = np.argsort(rng.random((self.bars, self.assets)), axis=1)
+        regime, expected = _leadlag(
+            overnight, intraday, orders, rng.random((self.bars, 2)), self.leaders, self.followers, self.lag,
+            (self.beta_slow, self.beta_fast), (self.vol_slow, self.vol_fast), (self.life_slow, self.life_fast),
+            self.retrace, self.regime_bars,
+        )  # fmt: skip
+        return overnight, intraday, {"regime": regime, "expected_return": expected}
+
+
+@njit(cache=True, error_model="numpy")
+def _leadlag(overnight, intraday, orders, uniform, leaders, followers, lag, beta, vol, life, retrace, regime_bars):
+    """Scale the standard shocks in place and plant the network; returns the regime and the expected return per bar.
+
+    expected[t] is the mean log return of bar t's session given the shocks of earlier bars.
+    """
+    bars, assets = overnight.shape
+    regime, expected = np.zeros(bars, np.int64), np.zeros((bars, assets))
+    shock = np.zeros((bars, assets))
+    leader, follower = orders[0, :leaders].copy(), orders[0, leaders : leaders + followers].copy()
+    now = SLOW if uniform[0, 0] < 0.5 else FAST
+    for t in range(bars):
+        if t > 0 and uniform[t, 0] < 1.0 / regime_bars:
+            now = FAST if now == SLOW else SLOW
+        if t > 0 and uniform[t, 1] < 1.0 / life[now]:
+            if now == FAST and leaders == followers:
+                leader, follower = follower, leader
+            else:
+                leader, follower = orders[t, :leaders].copy(), orders[t, leaders : leaders + followers].copy()
+        regime[t] = now
+        for i in range(assets):
+            overnight[t, i] *= vol[now]
+            intraday[t, i] *= vol[now]
+            shock[t, i] = overnight[t, i] + intraday[t, i]
+        lead, back = 0.0, 0.0
+        if t >= lag:
+            for i in leader:
+                lead += shock[t - lag, i] / np.sqrt(leaders)
+            for i in follower:
+                back += shock[t - lag, i] / np.sqrt(followers)
+        for i in follower:
+            expected[t, i] = beta[now] * lead
+        for i in leader:
+            expected[t, i] = -retrace * beta[now] * back
+        for i in range(assets):
+            intraday[t, i] += expected[t, i] - 0.5 * vol[now] ** 2  # driftless in simple returns
+    return regime, expected
+
+
+@dataclass(frozen=True)
+class Noise(Histories):
+    """Driftless random walks: no policy earns anything before costs, and every trade loses after them."""
+
+    vol: float = 0.012
+
+    def draw(self, rng: np.random.Generator):
+        overnight = self.vol * OVERNIGHT * rng.standard_normal((self.bars, self.assets))
+        intraday = self.vol * INTRADAY * rng.standard_normal((self.bars, self.assets))
+        # simple returns, not log returns, must have mean 0
+        overnight -= 0.5 * (self.vol * OVERNIGHT) ** 2
+        intraday -= 0.5 * (self.vol * INTRADAY) ** 2
+        return overnight, intraday, {}
+
+
+MARKETS = {"leadlag": LeadLag, "noise": Noise}
+
+
+def make_panel(spec: str, seed: int = 0) -> Panel:
+    """The panel of `synthetic:<name>[:key=value...]`: its histories one after another, labelled train, val, test.
+
+    History j of a split is drawn from the seed sequence (seed, split, j) alone: the test markets do not depend on
+    how many training markets there are. Raises PanelError naming the flag, the key, and what was expected.
+    """
+    _, _, rest = spec.partition(":")
+    name, _, options = rest.partition(":")
+    if name not in MARKETS:
+        raise PanelError(f"--market {spec}: unknown synthetic market {name!r}; expected one of {sorted(MARKETS)}")
+    try:
+        config = parse_options(options, MARKETS[name](), f"--market {spec}")
+    except ValueError as error:
+        raise PanelError(str(error)) from None
+    labels = [label for label in SPLITS for _ in range(getattr(config, label))]
+    drawn = [
+        config.draw(np.random.default_rng([seed, SPLITS.index(label), j]))
+        for label in SPLITS
+        for j in range(getattr(config, label))
+    ]
+    segments = np.arange(len(drawn)) * config.bars
+    overnight, intraday = (np.stack([d[part] for d in drawn]) for part in (0, 1))
+    log_close = np.log(100.0) + np.cumsum(overnight + intraday, axis=1)
+    close, open_ = np.exp(log_close), np.exp(log_close - intraday)
+    # the range of a bar: a few ticks beyond open and close, from a generator of its own
+    reach = np.random.default_rng([seed, len(SPLITS)]).exponential(0.25, (2, *close.shape)) * np.abs(intraday)
+    shape = (-1, config.assets)
+    calendar = np.busday_offset("2000-01-03", np.arange(config.bars), roll="forward").astype("datetime64[ns]")
+    return Panel(
+        name=spec,
+        timestamps=np.tile(calendar, len(drawn)),
+        symbols=tuple(f"S{i:02d}" for i in range(config.assets)),
+        close=close.reshape(shape),
+        open=open_.reshape(shape),
+        high=(np.maximum(open_, close) * np.exp(reach[0])).reshape(shape),
+        low=(np.minimum(open_, close) * np.exp(-reach[1])).reshape(shape),
+        volume=np.full((len(drawn) * config.bars, config.assets), 1e6),
+        segments=segments,
+        segment_split=tuple(labels),
+        hidden={key: np.concatenate([d[2][key] for d in drawn]) for key in drawn[0][2]},
+        timezone=None,
+    )
+
+
+def load_market(spec: str, seed: int = 0, **selection) -> Panel:
+    """The panel that `--market` names: a synthetic one drawn from `seed`, or any that `load_panel` reads.
+
+    `selection` (symbols, start, end, resample) is passed on to `load_panel`; a synthetic market takes none of it.
+    """
+    if not spec.startswith("synthetic:"):
+        return load_panel(spec, **selection)
+    given = [key for key, value in selection.items() if value]
+    if given:
+        raise PanelError(f"--market {spec}: a synthetic market takes no --{given[0]}; expected key=value options in its name")
+    return make_panel(spec, seed)

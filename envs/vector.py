@@ -1,0 +1,255 @@
+"""MarketVectorEnv: N markets at once over one kernel, as a Gymnasium VectorEnv; MarketEnv: one of them as an Env.
+
+An environment module brings scalar functions `reset_one`, `step_one` and the loops around them; this module brings all
+that the environments share: seeds, buffers, threads, autoreset, and what a state needs to be saved and restored.
+
+Autoreset is SAME_STEP: where an episode ends, `step` returns the first observation of the next one, and
+`infos["final_obs"]` holds the last observation of the old one. Episodes almost always end by truncation (the window is
+over), so bootstrapping from `final_obs` decides results; `terminated` means ruin.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from numba import njit, set_num_threads
+
+from envs.costs import RECORD
+from envs.panel import Split
+
+PARALLEL_FROM = 16  # markets; below, starting threads costs more than they save
+
+# Fields of every market's state; environments append their own.
+STATE = [
+    ("key", np.uint64),  # the market's seed
+    ("counter", np.uint64),  # random numbers drawn so far
+    ("t", np.int64),  # row of the panel: the last bar that has closed
+    ("stop", np.int64),  # the episode is truncated when t reaches stop - 1
+    ("length", np.int64),  # steps in this episode
+    ("equity", np.float64),  # 1 at the start of an episode
+    ("peak", np.float64),  # running maximum of equity, its start included
+]
+
+_STEP, _MUL1, _MUL2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
+_TO_UNIT = 1.0 / 9007199254740992.0  # 2^-53
+
+
+@njit(cache=True, error_model="numpy")
+def mix64(x):
+    """SplitMix64's output function (Steele, Lea & Flood 2014): a bijection of 64 bits."""
+    x = (x ^ (x >> _S30)) * _MUL1
+    x = (x ^ (x >> _S27)) * _MUL2
+    return x ^ (x >> _S31)
+
+
+@njit(cache=True, error_model="numpy")
+def uniform(key, counter):
+    """The counter-th number in [0, 1) of the stream `key`; both np.uint64. No state: the same on every target."""
+    bits = mix64(mix64(key + _STEP) ^ (counter * _STEP))
+    return np.float64(bits >> _S11) * _TO_UNIT
+
+
+class Buffers(NamedTuple):
+    """What kernels write, one row a market."""
+
+    obs: np.ndarray  # (n, D) float32
+    final_obs: np.ndarray  # (n, D) float32, valid where an episode ended
+    reward: np.ndarray  # (n,) float32
+    terminated: np.ndarray  # (n,) bool
+    truncated: np.ndarray  # (n,) bool
+    mask: np.ndarray  # (n, A) bool: actions allowed at `obs`; (n, 0) for continuous actions
+    final_mask: np.ndarray  # the same at `final_obs`
+    record: np.ndarray  # (n, len(RECORD)) float64: accounting of the step
+    components: np.ndarray  # (n, C) float64: reward components of the step, unweighted
+    row: np.ndarray  # (n,) int64: row of the panel at which the action was decided
+
+
+class MarketVectorEnv(gym.vector.VectorEnv):
+    """Base of the vectorised markets. Subclasses set `component_names`, call `__init__`, and define `_market` (read-only
+    arrays), `_parameters()` (scalars that may change between steps) and the loops `_reset_loops`, `_step_loops`:
+    pairs (serial, parallel) of functions (market, parameters, state, weights, [actions,] buffers).
+    """
+
+    component_names: tuple[str, ...] = ("log_growth",)
+    _reset_loops: tuple
+    _step_loops: tuple
+    _market: tuple
+
+    def __init__(
+        self,
+        num_envs: int,
+        split: Split,
+        num_symbols: int,
+        observation_size: int,
+        action_space: gym.Space,
+        num_masked: int,
+        extra_state: list,
+        num_threads: int | None = None,
+    ):
+        if num_envs < 1:
+            raise ValueError(f"num_envs={num_envs}: expected at least 1")
+        self.num_envs = num_envs
+        self.split = split
+        self.metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_size,), np.float32)
+        self.single_action_space = action_space
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.num_threads = min(num_threads or available, available)
+        # on one thread too: inside a prange body arrays are not reference-counted, which halves the time of a step
+        self._parallel = num_envs >= PARALLEL_FROM
+        self._state = np.zeros(num_envs, dtype=STATE + extra_state).view(np.recarray)
+        self._weights = np.zeros((num_envs, num_symbols))
+        self._buffers = Buffers(
+            obs=np.zeros((num_envs, observation_size), np.float32),
+            final_obs=np.zeros((num_envs, observation_size), np.float32),
+            reward=np.zeros(num_envs, np.float32),
+            terminated=np.zeros(num_envs, np.bool_),
+            truncated=np.zeros(num_envs, np.bool_),
+            mask=np.zeros((num_envs, num_masked), np.bool_),
+            final_mask=np.zeros((num_envs, num_masked), np.bool_),
+            record=np.zeros((num_envs, len(RECORD))),
+            components=np.zeros((num_envs, len(self.component_names))),
+            row=np.zeros(num_envs, np.int64),
+        )
+        self._ready = False
+
+    def _parameters(self) -> tuple:
+        raise AttributeError("a market environment defines _parameters")
+
+    def _run(self, loops, *args):
+        if self._parallel:
+            set_num_threads(self.num_threads)
+        loops[self._parallel](self._market, self._parameters(), self._state, self._weights, *args)
+
+    def reset(self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None):
+        """Start a new episode in every market; returns (obs (n, D) float32, infos).
+
+        Market i takes the seed `seed + i`, or `seed[i]` of a list, and from then on draws the same numbers whatever
+        other markets run beside it. Without a seed the markets go on with their streams (the first time: a random seed).
+        """
+        if seed is None and not self._ready:
+            seed = int(np.random.SeedSequence().entropy % 2**62)
+        if seed is not None:
+            seeds = np.arange(self.num_envs) + seed if np.ndim(seed) == 0 else np.asarray(seed)
+            if seeds.shape != (self.num_envs,) or seeds.min() < 0:
+                raise ValueError(f"seed={seed!r}: expected an integer >= 0 or a list of {self.num_envs} of them")
+            self._state.key = seeds.astype(np.uint64)
+            self._state.counter = 0
+        self._ready = True
+        self._run(self._reset_loops, self._buffers)
+        return self._buffers.obs.copy(), self._infos(copy=True, done=None)
+
+    def step(self, actions, out: np.ndarray | None = None):
+        """One bar in every market: (obs, reward, terminated, truncated, infos).
+
+        What is returned belongs to the caller, unless `out` (a C-contiguous (n, D) float32 array, such as a row of rollout
+        storage) is given: then obs is written there, and all else is valid until the next call of `step` or `reset`.
+        Raises ValueError for actions outside the action space.
+        """
+        if not self._ready:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        actions = self._check_actions(actions)
+        b = self._buffers
+        if out is not None:
+            if out.shape != b.obs.shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+                raise ValueError(f"out: {out.dtype}{out.shape}: expected C-contiguous float32{b.obs.shape}")
+            b = b._replace(obs=out)
+        self._run(self._step_loops, actions, b)
+        done = b.terminated | b.truncated
+        infos = self._infos(copy=out is None, done=done)
+        if out is None:
+            return b.obs.copy(), b.reward.copy(), b.terminated.copy(), b.truncated.copy(), infos
+        return out, b.reward, b.terminated, b.truncated, infos
+
+    def _check_actions(self, actions):
+        space = self.single_action_space
+        actions = np.asarray(actions)
+        if actions.shape != self.action_space.shape:
+            raise ValueError(f"actions: shape {actions.shape}: expected {self.action_space.shape}")
+        if isinstance(space, gym.spaces.Discrete):
+            if actions.dtype.kind not in "iu" or actions.min() < 0 or actions.max() >= space.n:
+                raise ValueError(f"actions: expected integers in 0..{space.n - 1}, found {np.unique(actions)[:9]}")
+            return np.ascontiguousarray(actions, dtype=np.int64)
+        if not np.isfinite(actions).all():
+            raise ValueError("actions: expected finite numbers, found NaN or infinity")
+        return np.ascontiguousarray(actions, dtype=np.float32)
+
+    def _infos(self, copy, done):
+        own = np.copy if copy else lambda array: array
+        b = self._buffers
+        infos = {"row": own(self._state.t)}
+        if b.mask.shape[1]:
+            infos["action_mask"] = own(b.mask)
+        if done is not None:
+            infos["record"] = own(b.record)
+            components = own(b.components)
+            infos["components"] = {name: components[:, c] for c, name in enumerate(self.component_names)}
+            infos["decided_at"] = own(b.row)
+            if done.any():
+                infos["final_obs"], infos["_final_obs"] = own(b.final_obs), done
+                if b.mask.shape[1]:
+                    infos["final_action_mask"] = own(b.final_mask)
+        return infos
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Everything that a later `set_state` on an env made with the same arguments needs to go on bit for bit."""
+        b = self._buffers
+        return {"state": self._state.view(np.uint8).copy(), "weights": self._weights.copy(), "mask": b.mask.copy()}
+
+    def set_state(self, state: dict[str, np.ndarray]):
+        self._state.view(np.uint8)[:] = state["state"]
+        self._weights[:] = state["weights"]
+        self._buffers.mask[:] = state["mask"]
+        self._ready = True
+
+
+class MarketEnv(gym.Env):
+    """One market behind the single-environment API, over the same kernel. Subclasses set `vector_class`."""
+
+    vector_class: type[MarketVectorEnv]
+    metadata = {"render_modes": []}
+
+    def __init__(self, render_mode=None, **kwargs):
+        if render_mode is not None:
+            raise ValueError(f"render_mode={render_mode!r}: expected None; markets are read from their ledgers")
+        self.render_mode = None
+        self.vector = self.vector_class(num_envs=1, **kwargs)
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+        self._fresh = None  # what autoreset has prepared for the next reset()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        if seed is not None or self._fresh is None:
+            if seed is None and not self.vector._ready:
+                seed = int(self.np_random.integers(2**62))
+            obs, infos = self.vector.reset(seed=seed, options=options)
+            self._fresh = obs[0], self._first(infos)
+        (obs, info), self._fresh = self._fresh, None
+        return obs, info
+
+    def step(self, action):
+        actions = np.asarray(action)[None]
+        obs, reward, terminated, truncated, infos = self.vector.step(actions)
+        info = self._first(infos)
+        self._fresh = None
+        if terminated[0] or truncated[0]:
+            self._fresh = obs[0], {k: v for k, v in info.items() if k in ("row", "action_mask")}
+            obs = infos["final_obs"]
+            if "action_mask" in info:
+                info["action_mask"] = info["final_action_mask"]
+            info = {k: v for k, v in info.items() if "final" not in k}
+        return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+    def action_masks(self) -> np.ndarray:
+        """(A,) bool, under the name that sb3-contrib's MaskablePPO looks for."""
+        return self.vector._buffers.mask[0].copy()
+
+    @staticmethod
+    def _first(infos):
+        return {k: MarketEnv._first(v) if isinstance(v, dict) else v[0] for k, v in infos.items()}
