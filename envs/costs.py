@@ -14,6 +14,7 @@ from envs.panel import Panel
 
 FILLS = ("next_open", "next_close", "same_close")
 UNTRADABLE, TRADABLE, DELISTED = 0, 1, 2
+RUIN = 0.05  # an account below this fraction of its start is ruined: the episode ends
 
 # One row of accounting, all in fractions of the equity at the previous mark except the last four. The identity
 #   net_return = gross_return - commission - spread - slippage - impact - borrow - financing + interest

@@ -22,11 +22,15 @@ LEVY, XCORR = 0, 1  # signal codes inside the kernels
 SIGNALS = {"levy": LEVY, "xcorr": XCORR}
 
 REGIME_WINDOWS = (5, 20, 60)
-REGIME_FEATURES = tuple(f"log_vol_{w}" for w in REGIME_WINDOWS) + tuple(f"trend_{w}" for w in REGIME_WINDOWS) + (
-    "vol_ratio",
-    "dispersion",
-    "average_correlation",
-    "drawdown",
+REGIME_FEATURES = (
+    tuple(f"log_vol_{w}" for w in REGIME_WINDOWS)
+    + tuple(f"trend_{w}" for w in REGIME_WINDOWS)
+    + (
+        "vol_ratio",
+        "dispersion",
+        "average_correlation",
+        "drawdown",
+    )
 )
 
 

@@ -17,18 +17,17 @@ import gymnasium as gym
 import numpy as np
 from numba import cuda, njit, prange
 
-from envs.costs import EQUITY, GROSS_EXPOSURE, NET_EXPOSURE, Costs, account_step, default_fill, execution, load_costs
+from envs.costs import EQUITY, GROSS_EXPOSURE, NET_EXPOSURE, RUIN, Costs, account_step, default_fill, execution, load_costs
 from envs.features import REGIME_FEATURES, leadlag_signal, regime_features, standardised_returns
 from envs.panel import Panel, Split
 from envs.synthetic import load_market
-from envs.vector import STATE, MarketEnv, MarketVectorEnv, uniform
+from envs.vector import MarketEnv, MarketVectorEnv, uniform
 
 ABSOLUTE, DELTA, HYBRID = 0, 1, 2
 ACTIONS = {"absolute": ABSOLUTE, "delta": DELTA, "hybrid": HYBRID}
 ROWS, TOPK, FULL = 0, 1, 2
 ENCODERS = {"rows": ROWS, "topk": TOPK, "full": FULL}
 COMPONENTS = ("log_growth", "strength", "stability", "extremity", "jump")
-RUIN = 0.05  # an equity below this fraction of the start ends the episode
 
 
 @dataclass(frozen=True)

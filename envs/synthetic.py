@@ -11,7 +11,8 @@ import numpy as np
 from numba import njit
 
 from envs.costs import parse_options
-from envs.panel import Panel, PanelError, load_panel
+from envs.files import load_panel
+from envs.panel import Panel, PanelError
 
 SPLITS = ("train", "val", "test")
 SLOW, FAST = 0, 1  # values of hidden["regime"] on the lead-lag market

@@ -1,0 +1,208 @@
+"""Backtest a policy over a split, keep every bar in a ledger, and write the run directory that leaves a script.
+
+A ledger is a pandas DataFrame with one row per bar and market (`LEDGER`); everything that a scoreboard shows is computed
+from it. A run directory holds `run.json`, `ledger.parquet`, `model.pt` and TensorBoard events.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from arch.bootstrap import StationaryBootstrap, optimal_block_length
+from numba import njit
+
+from envs.costs import EQUITY, RECORD, RUIN, Execution, account_step
+from envs.panel import Panel, Split
+from envs.vector import MarketVectorEnv
+
+LEDGER = ("split", "market", "timestamp", *RECORD, "action")
+PACKAGES = ("torch", "numpy", "numba", "gymnasium", "pandas", "tyro")
+
+# policy(observations (n, D), action masks (n, A) or None, rows of the panel (n,)) -> actions (n, ...)
+Policy = Callable[[np.ndarray, np.ndarray | None, np.ndarray], np.ndarray]
+
+
+def backtest(envs: MarketVectorEnv, policy: Policy, panel: Panel, split: Split) -> pd.DataFrame:
+    """Run `policy` once from the start to the end of every range of `split`; returns its ledger.
+
+    `envs` must hold one market per range, made with random_start=False and episode_length=0. A market that is
+    ruined stays in the ledger to the end of its range, flat and without return. Timestamps are those of the marks.
+    """
+    ranges = len(split.ranges)
+    if envs.num_envs != ranges:
+        raise ValueError(f"backtest: {envs.num_envs} markets for split {split.name!r}; expected one per range: {ranges}")
+    obs, infos = envs.reset(seed=0)
+    first = infos["row"]
+    steps = split.ranges[:, 1] - 1 - first
+    records = np.zeros((steps.max(), ranges, len(RECORD)))
+    actions = np.zeros((steps.max(), *envs.action_space.shape), envs.single_action_space.dtype)
+    alive = np.ones(ranges, bool)
+    for t in range(steps.max()):
+        action = policy(obs, infos.get("action_mask"), infos["row"])
+        obs, _, terminated, truncated, infos = envs.step(action)
+        records[t, alive] = infos["record"][alive]
+        records[t, ~alive, EQUITY] = records[t - 1, ~alive, EQUITY]
+        actions[t, alive] = action[alive]
+        alive &= ~(terminated | truncated)
+    return _frame(panel, split, first, steps, records, actions)
+
+
+def backtest_weights(panel: Panel, ex: Execution, rates: np.ndarray, split: Split, targets: np.ndarray, first=None):
+    """Ledger of ordering the weights targets[t] (T, N) at every bar t of `split`; `first` (R,): first row of each range."""
+    first = split.ranges[:, 0] if first is None else np.asarray(first)
+    steps = split.ranges[:, 1] - 1 - first
+    records = np.zeros((steps.max(), len(first), len(RECORD)))
+    for r in range(len(first)):
+        _run_weights(ex, rates, first[r], steps[r], np.asarray(targets, np.float64), records[:, r])
+    return _frame(panel, split, first, steps, records, np.zeros(records.shape[:2]))
+
+
+@njit(cache=True, error_model="numpy")
+def _run_weights(ex, rates, first, steps, targets, records):
+    weights = np.zeros(targets.shape[1])
+    equity = 1.0
+    for step in range(steps):
+        t = first + step
+        if equity > RUIN:
+            equity *= account_step(
+                weights, targets[t], ex.to_fill[t], ex.to_mark[t], ex.status[t], ex.impact[min(t, len(ex.impact) - 1)],
+                ex.years[t], ex.fill_at_end, equity, rates[0], records[step],
+            )  # fmt: skip
+        records[step, EQUITY] = equity
+
+
+def _frame(panel, split, first, steps, records, actions):
+    """Records (steps, markets, fields) as a ledger, one market after the other."""
+    parts = []
+    for r in range(len(first)):
+        frame = pd.DataFrame(records[: steps[r], r], columns=list(RECORD))
+        frame.insert(0, "timestamp", panel.timestamps[first[r] + 1 : first[r] + 1 + steps[r]])
+        frame.insert(0, "market", r)
+        frame.insert(0, "split", split.name)
+        flat = actions[: steps[r], r].reshape(steps[r], -1)
+        frame["action"] = flat[:, 0] if flat.shape[1] == 1 else list(flat)
+        parts.append(frame)
+    return pd.concat(parts, ignore_index=True)
+
+
+def growth(ledger: pd.DataFrame) -> np.ndarray:
+    """Net log growth of every bar, as in the reward of the environments: no bar counts for less than log(RUIN)."""
+    return np.log(np.maximum(1.0 + ledger["net_return"].to_numpy(), RUIN))
+
+
+def summarise(ledger: pd.DataFrame, bars_per_year: float, resamples: int = 500, seed: int = 0) -> dict[str, float]:
+    """Scores of one split, markets pooled; rates are per year.
+
+    Sharpe is mean / std(ddof=1) * sqrt(bars per year) of net returns (cash rate not subtracted: it is part of the
+    return). `*_low`, `*_high`: 95% percentile interval by the stationary bootstrap (Politis & Romano 1994) of `resamples`
+    draws, with the automatic block length of Patton, Politis & White (2009), stated as `block_length`. Drawdown is the mean
+    over markets of each one's deepest, from the running maximum including the start.
+    """
+    net, gross = ledger["net_return"].to_numpy(), ledger["gross_return"].to_numpy()
+    costs = ledger[["commission", "spread", "slippage", "impact", "borrow", "financing"]].to_numpy().sum(axis=1)
+    equity = ledger.groupby("market")["equity"]
+    drawdowns = [float((path / np.maximum(np.maximum.accumulate(path), 1.0) - 1.0).min()) for _, path in equity]
+    out = {
+        "bars": len(net),
+        "growth": float(growth(ledger).mean() * bars_per_year),
+        "sharpe": sharpe(net, bars_per_year),
+        "gross_sharpe": sharpe(gross, bars_per_year),
+        "volatility": float(net.std(ddof=1) * np.sqrt(bars_per_year)) if len(net) > 1 else 0.0,
+        "max_drawdown": float(np.mean(drawdowns)),
+        "turnover": float(ledger["turnover"].mean() * bars_per_year),
+        "cost": float(costs.mean() * bars_per_year),
+        "gross_exposure": float(ledger["gross_exposure"].mean()),
+    }
+    for name, series in (("sharpe", net), ("gross_sharpe", gross)) if resamples else ():
+        if len(series) < 20 or series.std() == 0.0:
+            out[f"{name}_low"] = out[f"{name}_high"] = float("nan")
+            continue
+        block = max(1.0, float(optimal_block_length(series)["stationary"].iloc[0]))
+        bootstrap = StationaryBootstrap(block, series, seed=seed)
+        draws = bootstrap.apply(lambda x: sharpe(x, bars_per_year), resamples)
+        out[f"{name}_low"], out[f"{name}_high"] = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
+        out["block_length"] = block
+    return out
+
+
+def sharpe(returns: np.ndarray, bars_per_year: float) -> float:
+    """Annualised Sharpe ratio of returns per bar; 0 where they do not vary."""
+    deviation = returns.std(ddof=1) if len(returns) > 1 else 0.0
+    return float(returns.mean() / deviation * np.sqrt(bars_per_year)) if deviation > 0 else 0.0
+
+
+def new_run_dir(root: str, env_id: str, exp_name: str, seed: int) -> Path:
+    """runs/<env id>__<script>__<seed>__<unix time>/, created; a name that is taken gets a later second."""
+    stamp = int(time.time())
+    while True:
+        path = Path(root) / f"{env_id.replace('/', '-')}__{exp_name}__{seed}__{stamp}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            stamp += 1
+
+
+def provenance(script: str, device: str) -> dict:
+    """What code ran on what: script sha256, git commit, package versions, device, platform."""
+    return {
+        "script": Path(script).name,
+        "script_sha256": hashlib.sha256(Path(script).read_bytes()).hexdigest(),
+        "git_commit": _git_commit(Path(script).resolve().parent),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+    }
+
+
+def _git_commit(folder: Path) -> str | None:
+    """Commit of the checkout, "-dirty" where tracked files differ; None outside a checkout."""
+    try:
+        call = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
+        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def describe_panel(panel: Panel, splits: dict[str, Split]) -> dict:
+    return {
+        "name": panel.name,
+        "sha256": panel.sha256,
+        "symbols": list(panel.symbols),
+        "bars_per_year": panel.bars_per_year,
+        "splits": {name: split.describe(panel) for name, split in splits.items()},
+    }
+
+
+def write_json(path: Path, content: dict):
+    """Written beside and moved into place: a reader never sees half a file. NaN becomes null."""
+    _replace(path, lambda part: part.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"))
+
+
+def write_ledger(path: Path, ledger: pd.DataFrame):
+    _replace(path, lambda part: ledger.to_parquet(part, index=False))
+
+
+def _replace(path: Path, write: Callable[[Path], object]):
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value

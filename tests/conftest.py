@@ -1,0 +1,195 @@
+"""Fixtures and helpers that the tests of the markets share.
+
+Panels are small on purpose: `SMALL` for compiled code, `ragged_panel` with `TINY` also for code that runs uncompiled.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from envs.leadlag import LeadLagConfig, LeadLagData, LeadLagVectorEnv
+from envs.panel import Panel, Split
+from envs.synthetic import make_panel
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = "synthetic:leadlag:bars=400:train=2:val=1:test=2:assets=6"
+CONFIG = LeadLagConfig(max_lookback=60, num_lookbacks=5)
+TINY = LeadLagConfig(min_lookback=5, max_lookback=20, num_lookbacks=3, min_symbols=3, min_coverage=0.7)
+DEAR = "institutional:commission_bps=20:sqrt_impact=1:borrow_rate=0.2:financing_rate=0.3:cash_rate=0.05"
+FILLS = ("next_open", "next_close", "same_close")
+ACTIONS = ("absolute", "delta", "hybrid")
+
+# the same cases on every machine and in every run; pure-Python runs are slow, so no deadline
+settings.register_profile("cleanmarkets", deadline=None, derandomize=True, database=None)
+settings.load_profile("cleanmarkets")
+
+
+@pytest.fixture(scope="session")
+def small_panel() -> Panel:
+    return make_panel(SMALL, seed=3)
+
+
+@pytest.fixture(scope="session")
+def small_data(small_panel) -> LeadLagData:
+    return LeadLagData(small_panel, CONFIG)
+
+
+@pytest.fixture(scope="session")
+def ragged_data() -> LeadLagData:
+    return LeadLagData(ragged_panel(0), TINY)
+
+
+def ragged_panel(seed: int, bars: int = 120, symbols: int = 6) -> Panel:
+    """One daily history with every field, and with gaps, a late listing, a halt and a delisting."""
+    rng = np.random.default_rng(seed)
+    present = rng.random((bars, symbols)) > 0.05
+    present[: bars // 3, 1] = False
+    present[bars // 2 :, 2] = False
+    present[bars // 2 : bars // 2 + 8, 3] = False
+    days = np.datetime64("2020-01-01") + np.cumsum(rng.choice([1, 1, 1, 3], bars))
+    return Panel(
+        name="ragged",
+        timestamps=days.astype("datetime64[ns]"),
+        symbols=tuple(f"R{i}" for i in range(symbols)),
+        **_bars(rng, present, np.cumsum(0.02 * rng.standard_normal((bars, symbols)), axis=0)),
+    )
+
+
+def tampered(panel: Panel, t: int, rng: np.random.Generator) -> Panel:
+    """The panel with every bar after row t replaced at random: other prices, bars removed, bars added."""
+    present = rng.random((panel.num_bars - t - 1, panel.num_symbols)) < 0.7
+    present[-1] |= ~panel.present[: t + 1].any(axis=0)  # a panel refuses symbols without any bar
+    later = _bars(rng, present, 0.5 * rng.standard_normal(present.shape))
+    return replace(panel, **{name: np.concatenate([panel.fields[name][: t + 1], later[name]]) for name in panel.fields})
+
+
+def _bars(rng, present, log_price):
+    close = np.exp(4 + log_price)
+    open_ = close * np.exp(0.01 * rng.standard_normal(close.shape))
+    fields = {
+        "close": close,
+        "open": open_,
+        "high": np.maximum(open_, close) * 1.01,
+        "low": np.minimum(open_, close) * 0.99,
+        "volume": rng.lognormal(8, 1, close.shape),
+    }
+    return {name: np.where(present, values, np.nan) for name, values in fields.items()}
+
+
+def whole(panel: Panel) -> Split:
+    """All rows of a one-history panel as one range."""
+    return Split("test", np.array([[0, panel.num_bars]]))
+
+
+def make_env(data: LeadLagData, num_envs: int = 1, **kwargs) -> LeadLagVectorEnv:
+    return LeadLagVectorEnv(num_envs, data=data, **kwargs)
+
+
+def random_actions(env, steps: int, seed: int = 0) -> np.ndarray:
+    """(steps, n) actions, masked ones among them."""
+    return np.random.default_rng(seed).integers(0, env.single_action_space.n, (steps, env.num_envs))
+
+
+def rollout(env: LeadLagVectorEnv, actions: np.ndarray, seed: int | None = 0) -> dict[str, np.ndarray]:
+    """All that the env says: name -> (steps, n, ...). `seen_obs`, `seen_mask`, `row`: what each action was decided on.
+
+    `final_obs` and `final_mask` are zero where no episode ended. With seed None the env goes on from where it is.
+    """
+    log = defaultdict(list)
+    if seed is not None:
+        env.reset(seed=seed)
+    obs, mask = env._buffers.obs.copy(), env._buffers.mask.copy()
+    for action in actions:
+        log["seen_obs"].append(obs)
+        log["seen_mask"].append(mask)
+        obs, reward, terminated, truncated, infos = env.step(action)
+        mask, done = infos["action_mask"], terminated | truncated
+        step = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated, "mask": mask}
+        step |= {"record": infos["record"], "row": infos["decided_at"], "lookback": infos["lookback"]}
+        step |= {f"component_{name}": values for name, values in infos["components"].items()}
+        step["final_obs"] = np.where(done[:, None], infos.get("final_obs", obs), 0)
+        step["final_mask"] = np.where(done[:, None], infos.get("final_action_mask", mask), False)
+        for name, values in step.items():
+            log[name].append(values)
+    return {name: np.stack(values) for name, values in log.items()}
+
+
+def assert_same_bits(found, expected, what: str = ""):
+    """Equal shape, type and bits (so that NaN equals NaN, and 0.0 is not -0.0)."""
+    found, expected = np.ascontiguousarray(found), np.ascontiguousarray(expected)
+    assert found.shape == expected.shape and found.dtype == expected.dtype, what
+    if found.tobytes() != expected.tobytes():
+        where = np.argwhere(~((found == expected) | ((found != found) & (expected != expected))))
+        raise AssertionError(f"{what}: {len(where)} entries differ, first at {where[:3].tolist()}")
+
+
+def assert_same_rollout(found: dict, expected: dict):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert_same_bits(found[name], expected[name], name)
+
+
+def run_python(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter with envs/ and tests/ of `cwd` on its path; numba's switches come from `environment` alone."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "PYTEST_"))}
+    path = os.pathsep.join((str(cwd), str(cwd / "tests")))
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env={**inherited, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def kernel_trace(data: LeadLagData, target: str, actions: str, num_envs: int = 6, steps: int = 90, threads: int = 1):
+    """name -> array: everything that the kernels of LeadLag-v0 wrote in every step, run on one target.
+
+    target: "serial", "parallel" or "cuda". Episodes are short, so that there are many autoresets.
+    """
+    from envs import leadlag
+
+    env = make_env(
+        data, num_envs, split=whole(data.panel), actions=actions, episode_length=17, max_jump=1, num_threads=threads,
+        reward_weights={"strength": 0.3, "stability": 0.2, "extremity": 0.1, "jump": 0.05}, anneal_steps=70,
+        curriculum=(5, 12), curriculum_steps=50,
+    )  # fmt: skip
+    env._parallel = target == "parallel"
+    if target == "cuda":
+        blocks = (2, (num_envs + 1) // 2)
+        env._reset_loops = (leadlag.reset_cuda[blocks],)
+        env._step_loops = (leadlag.step_cuda[blocks],)
+    env.reset(seed=11)
+    log = defaultdict(list)
+    for row in random_actions(env, steps, seed=5):
+        env.step(row)
+        for name, values in env._buffers._asdict().items():
+            log[name].append(values.copy())
+        log["weights"].append(env._weights.copy())
+        for name in env._state.dtype.names:
+            log[f"state_{name}"].append(env._state[name].copy())
+    return {name: np.stack(values) for name, values in log.items()}
+
+
+def kernel_trace_in_process(data, path: Path, target: str, actions: str, **environment: str) -> dict[str, np.ndarray]:
+    """`kernel_trace` in a fresh interpreter, over the same tables."""
+    source, out = path / "data.pickle", path / "trace.npz"
+    source.write_bytes(pickle.dumps(data))
+    code = (
+        "import pickle, sys, numpy as np, conftest\n"
+        "data = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "np.savez(sys.argv[2], **conftest.kernel_trace(data, *sys.argv[3:]))\n"
+    )
+    done = run_python("-W", "ignore", "-c", code, str(source), str(out), target, actions, **environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    with np.load(out) as arrays:
+        return dict(arrays)
