@@ -107,7 +107,7 @@ def parse_options(text: str, default, flag: str):
 
     Raises ValueError naming `flag`, the key, and what was expected.
     """
-    types = {f.name: type(getattr(default, f.name)) for f in fields(default) if f.name != "name"}
+    types = {f.name: f.type for f in fields(default) if f.name != "name"}
     values = {}
     for option in filter(None, text.split(":")):
         key, equals, value = option.partition("=")
@@ -117,7 +117,10 @@ def parse_options(text: str, default, flag: str):
             values[key] = types[key](value)
         except ValueError:
             raise ValueError(f"{flag}: {key}={value!r}: expected {types[key].__name__}") from None
-    return replace(default, **values)
+    try:
+        return replace(default, **values)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
 
 
 def load_costs(spec: str) -> Costs:
@@ -171,7 +174,8 @@ def execution(panel: Panel, fill: str, costs: Costs, delist_after: int = 10) -> 
         to_fill[:-1] = np.where(known, price / now - 1.0, 0.0)
         to_mark[:-1] = np.where(known, after / price - 1.0, 0.0)
     status[:-1] = np.where(known & fillable, TRADABLE, UNTRADABLE)
-    status[:-1][known & (_missing_run(present, panel.segments)[1:] > delist_after)] = DELISTED
+    missing = _missing_run(present, panel.segments)
+    status[:-1][known & ((missing[:-1] if fill == "same_close" else missing[1:]) > delist_after)] = DELISTED
     last = np.append(panel.segments[1:], rows) - 1  # no step leads out of a history
     to_fill[last], to_mark[last], status[last] = 0.0, 0.0, UNTRADABLE
     return Execution(to_fill, to_mark, status, _sqrt_impact(panel, costs), panel.bar_years, fill == "next_close")
@@ -280,19 +284,22 @@ def account_step(weights, target, to_fill, to_mark, status, impact, years, fill_
     after = at_fill - (commission + spread + slippage + impact_cost)
 
     profit = 0.0
-    for i in range(n):
-        profit += weights[i] * to_mark[i]
-    if fill_at_end:
+    if not solvable:  # ruined: what could not be closed is written off at the fill price, and nothing can revive it
+        base, carried_gross, carried_short = 0.0, 0.0, 0.0
+    elif fill_at_end:
         base, carried_gross, carried_short = 1.0, held_gross, held_short
     else:
         base, carried_gross, carried_short = after, gross, short
+    if solvable:
+        for i in range(n):
+            profit += weights[i] * to_mark[i]
     borrow = years * c.borrow * carried_short
     financing = years * c.financing * max(0.0, carried_gross - base)
     interest = years * c.cash * max(0.0, base - carried_gross)
     growth = after + profit - borrow - financing + interest
 
     for i in range(n):
-        weights[i] = weights[i] * (1.0 + to_mark[i]) / growth if growth > 0.0 else 0.0
+        weights[i] = weights[i] * (1.0 + to_mark[i]) / growth if solvable and growth > 0.0 else 0.0
     record[NET_RETURN] = growth - 1.0
     record[GROSS_RETURN] = (at_fill - 1.0) + profit
     record[COMMISSION] = commission

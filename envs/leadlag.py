@@ -63,6 +63,7 @@ class LeadLagConfig:
         expect(0 < self.gross, "gross", "a positive number")
         expect(self.min_symbols >= 2, "min_symbols", "at least 2")
         expect(0 < self.min_coverage <= 1, "min_coverage", "a fraction in (0, 1]")
+        expect(self.min_dollar_volume >= 0, "min_dollar_volume", "0 or more")
         expect(self.encoder in ENCODERS, "encoder", f"one of {sorted(ENCODERS)}")
         expect(self.topk >= 1, "topk", "at least 1")
 
@@ -172,7 +173,7 @@ def follower_portfolios(scores, eligible, valid, x, top_fraction, hedge, gross, 
             members = np.flatnonzero(eligible[t, k])
             order = members[np.argsort(scores[t, k][members], kind="mergesort")]
             n = len(order)
-            m = max(1, int(round(top_fraction * n)))
+            m = min(max(1, int(round(top_fraction * n))), n // 2)  # nobody both leads and follows
             lead, spread = 0.0, 0.0
             for q in range(m):
                 lead += x[t, order[n - 1 - q]]
@@ -278,11 +279,11 @@ def reset_one(i, m, p, state, weights, record, mask, obs):
     if p.random_start:
         total = 0
         for r in range(ranges):
-            total += max(1, m.stops[r] - m.starts[r] - p.episode_length)
+            total += max(1, m.stops[r] - m.starts[r] - max(1, p.episode_length))
         pick = int(uniform(s.key, s.counter) * total)
         s.counter += np.uint64(1)
         for r in range(ranges):
-            choices = max(1, m.stops[r] - m.starts[r] - p.episode_length)
+            choices = max(1, m.stops[r] - m.starts[r] - max(1, p.episode_length))
             if pick < choices:
                 break
             pick -= choices
@@ -320,6 +321,7 @@ def step_one(i, m, p, state, weights, actions, b):
     log_growth = math.log(max(growth, RUIN))
     jump = abs(k - before) / (m.valid.shape[1] - 1)
     b.row[i] = t
+    b.choice[i] = k
     b.components[i, 0] = log_growth
     b.components[i, 1] = m.strength[t, k]
     b.components[i, 2] = m.stability[t, k, before]
@@ -419,6 +421,8 @@ class LeadLagVectorEnv(MarketVectorEnv):
             split = splits[split]
         if actions not in ACTIONS:
             raise ValueError(f"actions={actions!r}: expected one of {sorted(ACTIONS)}")
+        if episode_length < 0:
+            raise ValueError(f"episode_length={episode_length}: expected 0 or more bars")
         self.data, self.actions = data, actions
         count = len(data.lookbacks)
         self.episode_length, self.random_start = episode_length, random_start
@@ -454,8 +458,8 @@ class LeadLagVectorEnv(MarketVectorEnv):
             self.episode_length,
             self.random_start,
             last // 2,
-            float(w["log_growth"]),
-            *(float(w[name]) * fade for name in COMPONENTS[1:]),
+            np.float64(w["log_growth"]),
+            *(np.float64(w[name]) * fade for name in COMPONENTS[1:]),
         )
 
     def step(self, actions, out=None):
@@ -465,7 +469,7 @@ class LeadLagVectorEnv(MarketVectorEnv):
 
     def _infos(self, copy, done):
         infos = super()._infos(copy, done)
-        infos["lookback"] = self.data.lookbacks[self._state.lookback]
+        infos["lookback"] = self.data.lookbacks[self._state.lookback if done is None else self._buffers.choice]
         return infos
 
     def get_state(self):

@@ -6,7 +6,6 @@ import pandas as pd
 from envs.leadlag import LeadLagData, LeadLagVectorEnv
 from envs.ledger import Policy, backtest, backtest_weights, growth
 from envs.panel import Split
-from envs.synthetic import FAST, SLOW
 
 
 def run(data: LeadLagData, split: Split, policy: Policy, **env_options) -> pd.DataFrame:
@@ -31,8 +30,10 @@ def references(data: LeadLagData, splits: dict[str, Split], seed: int = 0, **env
     """Ledgers on the test split of: every fixed lookback, the one best in training, random choice, equal weight.
 
     Where the panel's truth is known also `oracle regime`, which is told the regime of the present bar and orders the
-    lookback that earned most in that regime in training, and `oracle returns`, which is told the expected return of
-    the next bar and holds the sign of it in the most promising symbols, as many as the strategy has followers.
+    lookback that is best in it (by expected returns less costs, over the training split), and `oracle returns`, which is
+    told the expected return of the next bar and holds the sign of it in the most promising symbols, as many as the
+    strategy has followers. The first is the best that a choice of lookback by regime can do; an agent that also sees
+    how clear the signals are may come out above it.
     """
     panel, test, train = data.panel, splits["test"], splits["train"]
     rows, count = panel.num_bars, len(data.lookbacks)
@@ -53,19 +54,17 @@ def references(data: LeadLagData, splits: dict[str, Split], seed: int = 0, **env
     equal = known / np.maximum(known.sum(axis=1, keepdims=True), 1) * data.config.gross
     out["equal weight"] = backtest_weights(panel, data.execution, market.rates, test, equal, market.starts)
 
-    if "regime" in panel.hidden:
-        regime = panel.hidden["regime"]
-        starts = data.market(train).starts
-        decided = np.concatenate([np.arange(a, b - 1) for a, b in zip(starts, train.ranges[:, 1])])
-        choice = np.full(rows, best)
-        for kind in (SLOW, FAST):
-            seen = regime[decided] == kind
-            if seen.any():
-                choice[regime == kind] = int(earned[:, seen].mean(axis=1).argmax())
-        out["oracle regime"] = run(data, test, hold(choice), **env_options)
-    if "expected_return" in panel.hidden:
+    if {"regime", "expected_return"} <= set(panel.hidden):
         ahead = np.zeros((rows, panel.num_symbols))
         ahead[:-1] = panel.hidden["expected_return"][1:]
+        regime = panel.hidden["regime"]
+        decided = np.concatenate([np.arange(a, b - 1) for a, b in zip(data.market(train).starts, train.ranges[:, 1])])
+        promised = np.einsum("tki,ti->kt", data.targets[decided], ahead[decided])
+        promised -= np.stack([(frame["gross_return"] - frame["net_return"]).to_numpy() for frame in trained])
+        choice = np.full(rows, best)
+        for kind in np.unique(regime[decided]):
+            choice[regime == kind] = int(promised[:, regime[decided] == kind].mean(axis=1).argmax())
+        out["oracle regime"] = run(data, test, hold(choice), **env_options)
         size = max(1, round(data.config.top_fraction * panel.num_symbols))
         chosen = np.argsort(np.argsort(-np.abs(ahead), axis=1), axis=1) < size
         ideal = np.where(chosen, np.sign(ahead), 0.0) / size * data.config.gross

@@ -60,6 +60,16 @@ class LeadLag(Histories):
 
     def __post_init__(self):
         Histories.__post_init__(self)
+        for key, least in (
+            ("lag", 1),
+            ("life_slow", 1),
+            ("life_fast", 1),
+            ("regime_bars", 1),
+            ("vol_slow", 0),
+            ("vol_fast", 0),
+        ):
+            if not getattr(self, key) >= least:
+                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {least}")
         if self.leaders < 1 or self.followers < 1 or self.leaders + self.followers > self.assets:
             raise ValueError(
                 f"synthetic:leadlag: leaders={self.leaders}, followers={self.followers}: expected at least 1 of each, "
@@ -124,6 +134,11 @@ class Noise(Histories):
 
     vol: float = 0.012
 
+    def __post_init__(self):
+        Histories.__post_init__(self)
+        if not self.vol >= 0:
+            raise ValueError(f"synthetic market: vol={self.vol}: expected at least 0")
+
     def draw(self, rng: np.random.Generator):
         overnight = self.vol * OVERNIGHT * rng.standard_normal((self.bars, self.assets))
         intraday = self.vol * INTRADAY * rng.standard_normal((self.bars, self.assets))
@@ -160,8 +175,13 @@ def make_panel(spec: str, seed: int = 0) -> Panel:
     overnight, intraday = (np.stack([d[part] for d in drawn]) for part in (0, 1))
     log_close = np.log(100.0) + np.cumsum(overnight + intraday, axis=1)
     close, open_ = np.exp(log_close), np.exp(log_close - intraday)
-    # the range of a bar: a few ticks beyond open and close, from a generator of its own
-    reach = np.random.default_rng([seed, len(SPLITS)]).exponential(0.25, (2, *close.shape)) * np.abs(intraday)
+    # the range of a bar: a few ticks beyond open and close, from a generator of its own for each history
+    draws = [
+        np.random.default_rng([seed, SPLITS.index(label), j, 1]).exponential(0.25, (2, *close.shape[1:]))
+        for label in SPLITS
+        for j in range(getattr(config, label))
+    ]
+    reach = np.stack(draws, axis=1) * np.abs(intraday)
     shape = (-1, config.assets)
     calendar = np.busday_offset("2000-01-03", np.arange(config.bars), roll="forward").astype("datetime64[ns]")
     return Panel(

@@ -65,6 +65,7 @@ class Buffers(NamedTuple):
     record: np.ndarray  # (n, len(RECORD)) float64: accounting of the step
     components: np.ndarray  # (n, C) float64: reward components of the step, unweighted
     row: np.ndarray  # (n,) int64: row of the panel at which the action was decided
+    choice: np.ndarray  # (n,) int64: what the environment made of the action (LeadLag-v0: the lookback ordered)
 
 
 class MarketVectorEnv(gym.vector.VectorEnv):
@@ -115,6 +116,7 @@ class MarketVectorEnv(gym.vector.VectorEnv):
             record=np.zeros((num_envs, len(RECORD))),
             components=np.zeros((num_envs, len(self.component_names))),
             row=np.zeros(num_envs, np.int64),
+            choice=np.zeros(num_envs, np.int64),
         )
         self._ready = False
 
@@ -230,6 +232,7 @@ class MarketEnv(gym.Env):
                 seed = int(self.np_random.integers(2**62))
             obs, infos = self.vector.reset(seed=seed, options=options)
             self._fresh = obs[0], self._first(infos)
+            self._reset_keys = set(infos)
         (obs, info), self._fresh = self._fresh, None
         return obs, info
 
@@ -239,7 +242,8 @@ class MarketEnv(gym.Env):
         info = self._first(infos)
         self._fresh = None
         if terminated[0] or truncated[0]:
-            self._fresh = obs[0], {k: v for k, v in info.items() if k in ("row", "action_mask")}
+            self._fresh = obs[0], {k: v for k, v in info.items() if k in self._reset_keys}
+            info["row"] = info["decided_at"] + 1
             obs = infos["final_obs"]
             if "action_mask" in info:
                 info["action_mask"] = info["final_action_mask"]

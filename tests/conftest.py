@@ -20,10 +20,10 @@ from envs.panel import Panel, Split
 from envs.synthetic import make_panel
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "synthetic:leadlag:bars=400:train=2:val=1:test=2:assets=6"
+SMALL = "synthetic:leadlag:bars=400:train=2:val=1:test=2:assets=6:leaders=2:followers=2"
 CONFIG = LeadLagConfig(max_lookback=60, num_lookbacks=5)
 TINY = LeadLagConfig(min_lookback=5, max_lookback=20, num_lookbacks=3, min_symbols=3, min_coverage=0.7)
-DEAR = "institutional:commission_bps=20:sqrt_impact=1:borrow_rate=0.2:financing_rate=0.3:cash_rate=0.05"
+DEAR = "institutional:commission_bps=20:sqrt_impact=0.1:borrow_rate=0.2:financing_rate=0.3:cash_rate=0.05"
 FILLS = ("next_open", "next_close", "same_close")
 ACTIONS = ("absolute", "delta", "hybrid")
 

@@ -46,9 +46,7 @@ def fails(*parts):
 
 
 def three_histories(**options):
-    times = np.concatenate(
-        [np.datetime64("2020-01-01", "ns") + np.arange(n) * np.timedelta64(1, "D") for n in (4, 3, 5)]
-    )
+    times = np.concatenate([np.datetime64("2020-01-01", "ns") + np.arange(n) * np.timedelta64(1, "D") for n in (4, 3, 5)])
     close = np.arange(1.0, 25.0).reshape(12, 2)
     close[[0, 4, 5], 1] = np.nan  # B starts late in the first two histories
     close[2, 0] = np.nan
@@ -245,9 +243,7 @@ WRITERS = [value for name, value in list(globals().items()) if name.startswith("
 @pytest.mark.parametrize("write", WRITERS)
 def test_every_format_loads_the_same_panel(tmp_path, records, write):
     panel = load_panel(str(write(records, tmp_path)))
-    assert (
-        panel.symbols == ("A", "B") and panel.timezone is None and panel.name in ("m.csv", "m.parquet", tmp_path.name)
-    )
+    assert panel.symbols == ("A", "B") and panel.timezone is None and panel.name in ("m.csv", "m.parquet", tmp_path.name)
     for name in FIELDS:
         expected = records.pivot(index="date", columns="symbol", values=name)
         np.testing.assert_array_equal(getattr(panel, name), expected.to_numpy())
@@ -627,9 +623,7 @@ def test_split_properties(num_bars, train, val, embargo):
 
 
 @settings(deadline=None)
-@given(
-    st.integers(2, 400), st.integers(1, 8), st.none() | st.integers(1, 200), st.floats(0.05, 0.95), st.integers(0, 20)
-)
+@given(st.integers(2, 400), st.integers(1, 8), st.none() | st.integers(1, 200), st.floats(0.05, 0.95), st.integers(0, 20))
 def test_walk_forward_properties(num_bars, folds, train_bars, val_fraction, embargo):
     panel = line(num_bars)
     options = dict(train_bars=train_bars, val_fraction=val_fraction, embargo=embargo)

@@ -1,0 +1,439 @@
+"""How many steps per second: the markets alone, the rollout, the training, each beside its peers; and the memory.
+
+Machines are noisy: the same work can take several times as long a second later. So whatever is compared runs interleaved,
+A B C A B C ..., and a ratio is the median of the ratios of neighbours, with the smallest and the largest beside it.
+Peers are optional: `pip install -e ".[peers]"`; one that is not installed gets a row that says so.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import tyro
+
+from envs import ledger
+from envs.leadlag import LeadLagData, LeadLagEnv, LeadLagVectorEnv
+from envs.panel import Split
+from envs.synthetic import load_market
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path("algos") / "ppo_leadlag.py"
+INSTALL = 'not installed: pip install -e ".[peers]"'
+PEERS = ("stable-baselines3", "gym-trading-env", "gym-anytrading")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+THREADS = sorted({1, min(2, CORES), CORES})
+# the script's defaults, which stable-baselines3 gets too; (n, steps): markets, bars per market and rollout
+NUM_ENVS, NUM_STEPS, MINIBATCHES, EPOCHS = 1024, 32, 4, 3
+SB3_SMALL = (8, 128)
+
+
+@dataclass
+class Args:
+    quick: bool = False
+    """fewer sizes and repeats"""
+    out: Path = Path("benchmark/results")
+    """folder of throughput.json and throughput.md"""
+    repeats: int = 0
+    """rounds of every interleaved comparison (0: 11, with --quick 3); those that train run a third as many"""
+    only: tuple[str, ...] = ()
+    """sections to run: memory, env, lookback, rollout, peers, training (all by default)"""
+    market: str = "synthetic:leadlag:val=1:test=1"
+    """market of all but the memory section: by default the training histories that the scripts have by default"""
+    num_envs: tuple[int, ...] = ()
+    """numbers of markets of the env section (default: 1 16 256 1024 4096 16384; with --quick 1 256 4096)"""
+    seconds: float = 0.3
+    """least duration of one measurement"""
+    train_steps: int = 20 * NUM_ENVS * NUM_STEPS
+    """steps of one training run of the script"""
+
+    def __post_init__(self):
+        self.repeats = self.repeats or (3 if self.quick else 11)
+        self.num_envs = self.num_envs or ((1, 256, 4096) if self.quick else (1, 16, 256, 1024, 4096, 16384))
+        unknown = set(self.only) - set(SECTIONS)
+        if unknown:
+            sys.exit(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(SECTIONS)}")
+
+
+# Measuring
+
+
+def timed(step: Callable[[], object], steps: int, seconds: float) -> Callable[[], float]:
+    """A measurement of steps/s: calls `step`, each of which takes `steps` steps, until `seconds` are over."""
+
+    def measure():
+        calls, start = 0, time.perf_counter()
+        while True:
+            step()
+            calls += 1
+            elapsed = time.perf_counter() - start
+            if elapsed >= seconds:
+                return calls * steps / elapsed
+
+    step()  # warm-up: compilation, first touch of the memory
+    return measure
+
+
+def compare(section, contestants: dict[str, Callable[[], float] | str], repeats, faster_by=False, targets=()) -> list[dict]:
+    """Rows of contestants measured in turns; the first is the reference of the ratio.
+
+    The ratio is the row's speed over the reference's, or, with `faster_by`, the reference's over the row's. A contestant
+    that is a string is one that cannot run, and why. targets: (name, lowest, highest) of ratios that the project wants.
+    """
+    running = {name: measure for name, measure in contestants.items() if callable(measure)}
+    samples = {name: [] for name in running}
+    for _ in range(repeats):
+        for name, measure in running.items():
+            samples[name].append(measure())
+    rows, reference = [], next(iter(running))
+    for name, measure in contestants.items():
+        row = {"section": section, "name": name, "unit": "steps/s", "reference": reference}
+        if name in running:
+            ratios = np.divide(samples[name], samples[reference])
+            ratios = 1.0 / ratios if faster_by else ratios
+            row |= {"samples": samples[name], **spread("value", samples[name]), **spread("ratio", ratios)}
+        else:
+            row["note"] = measure
+        for wanted, lowest, highest in targets:
+            if wanted == name:
+                row["target"] = f">= {lowest}" if np.isinf(highest) else f"<= {highest}"
+                row |= {"met": bool(lowest <= row["ratio"] <= highest)} if "ratio" in row else {}
+        rows.append(row)
+        print(f"  {name:<44} {figure(row, 'value')} steps/s  ratio {figure(row, 'ratio')} {row.get('note', '')}", flush=True)
+    return rows
+
+
+def spread(name: str, values) -> dict[str, float]:
+    return {name: float(np.median(values)), f"{name}_min": float(np.min(values)), f"{name}_max": float(np.max(values))}
+
+
+def figure(row: dict, name: str) -> str:
+    if name not in row:
+        return "-"
+    low, middle, high = (row[key] for key in (f"{name}_min", name, f"{name}_max"))
+    return f"{middle:,.0f} [{low:,.0f}, {high:,.0f}]" if middle >= 1000 else f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+
+
+# The markets alone
+
+
+def stepper(data: LeadLagData, num_envs: int, threads: int, loop: str = "auto", action: int | None = None):
+    """A function that steps `num_envs` markets once, with random actions or always `action`, as a script does: `out=`."""
+    env = LeadLagVectorEnv(num_envs, data=data, num_threads=threads)
+    if loop != "auto":
+        env._parallel = loop == "parallel"
+    env.reset(seed=0)
+    out = np.zeros_like(env._buffers.obs)
+    actions = np.random.default_rng(0).integers(0, env.single_action_space.n, (64, num_envs))
+    if action is not None:
+        actions[:] = action
+    rows = cycle(actions)
+    return lambda: env.step(next(rows), out=out)
+
+
+def measure_env(args, data):
+    """Every loop at every number of markets."""
+    rows = []
+    for n in args.num_envs:
+        contestants = {f"{n} markets, serial": stepper(data, n, 1, "serial")}
+        for threads in THREADS:
+            contestants[f"{n} markets, parallel, {threads} threads"] = stepper(data, n, threads, "parallel")
+        rows += compare("env", {k: timed(step, n, args.seconds) for k, step in contestants.items()}, args.repeats)
+    return rows
+
+
+def measure_lookback(args, data):
+    """Policies that always choose the same lookback: the ratio is the cost of a step against that of the shortest."""
+    n = 1024
+    policies = {f"lookback {lookback}": stepper(data, n, 1, action=k) for k, lookback in enumerate(data.lookbacks)}
+    contestants = {name: timed(step, n, args.seconds) for name, step in policies.items()}
+    targets = [(name, 0, 1.1) for name in list(contestants)[1:]]
+    return compare("lookback", contestants, args.repeats, faster_by=True, targets=targets)
+
+
+def measure_peers(args, data):
+    """One process, one market after the other, as these packages are run, beside all our cores and our single env."""
+    n = 4096
+    contestants = {f"LeadLag-v0, {n} markets, {t} threads": timed(stepper(data, n, t), n, args.seconds) for t in THREADS[::-1]}
+    contestants["LeadLag-v0, single env"] = timed(single(LeadLagEnv(data=data)), 1, args.seconds)
+    bars = bars_of_one_symbol(data.panel)
+    for name, make in (("gym-trading-env, TradingEnv", gym_trading_env), ("gym-anytrading, StocksEnv", gym_anytrading)):
+        try:
+            contestants[name] = timed(single(make(bars)), 1, args.seconds)
+        except ImportError:
+            contestants[name] = INSTALL
+    return compare("peers", contestants, args.repeats, faster_by=True, targets=[("gym-trading-env, TradingEnv", 100, np.inf)])
+
+
+def bars_of_one_symbol(panel) -> pd.DataFrame:
+    rows = slice(0, panel.segments[1] if len(panel.segments) > 1 else panel.num_bars)
+    bars = pd.DataFrame({f: values[rows, 0] for f, values in panel.fields.items()}, pd.DatetimeIndex(panel.timestamps[rows]))
+    bars["feature_return"] = bars["close"].pct_change()
+    for field in ("open", "high", "low"):
+        bars[f"feature_{field}"] = bars[field] / bars["close"]
+    return bars.dropna()
+
+
+def gym_trading_env(bars) -> gym.Env:
+    with warnings.catch_warnings():  # importing it turns every later warning of this process into an error
+        from gym_trading_env.environments import TradingEnv
+    return TradingEnv(bars, positions=[-1, 0, 1], trading_fees=1e-4, borrow_interest_rate=1e-6, verbose=0)
+
+
+def gym_anytrading(bars) -> gym.Env:
+    from gym_anytrading.envs import StocksEnv
+
+    return StocksEnv(bars.rename(columns=str.capitalize), window_size=10, frame_bound=(10, len(bars)))
+
+
+def single(env: gym.Env):
+    """A function that steps a Gymnasium env once with a random action, and resets it where an episode ends."""
+    actions = cycle(np.random.default_rng(0).integers(0, env.action_space.n, 4096).tolist())
+    env.reset(seed=0)
+
+    def step():
+        _, _, terminated, truncated, _ = env.step(next(actions))
+        if terminated or truncated:
+            env.reset()
+
+    return step
+
+
+# Rollout and training
+
+
+def measure_rollout(args, data):
+    """The script's rollout without its update: forward pass of the actor, sampling, step; 64-64 tanh."""
+    import torch  # not at the top: a process that only steps markets does without
+
+    n = NUM_ENVS
+    actor = torch.nn.Sequential(
+        torch.nn.Linear(data.observation_size, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh(),
+        torch.nn.Linear(64, len(data.lookbacks)),
+    )  # fmt: skip
+
+    def rollout(threads):
+        env = LeadLagVectorEnv(n, data=data, num_threads=threads)
+        obs = torch.zeros((NUM_STEPS + 1, n, data.observation_size))
+        first, infos = env.reset(seed=0)
+        obs[0], mask = torch.as_tensor(first), torch.as_tensor(infos["action_mask"])
+
+        @torch.no_grad()
+        def iterate():
+            torch.set_num_threads(threads)
+            for t in range(NUM_STEPS):
+                log_probs = torch.where(mask, actor(obs[t]), -1e8).log_softmax(dim=1)
+                action = (log_probs - torch.empty_like(log_probs).exponential_().log_()).argmax(dim=1)
+                log_probs.gather(1, action[:, None])
+                _, _, _, _, infos = env.step(action.numpy(), out=obs[t + 1].numpy())
+                mask.copy_(torch.from_numpy(infos["action_mask"]))
+            obs[0] = obs[-1]
+
+        return iterate
+
+    contestants = {f"rollout, {t} threads": timed(rollout(t), n * NUM_STEPS, args.seconds) for t in THREADS}
+    return compare("rollout", contestants, args.repeats)
+
+
+def measure_training(args, data):
+    """The script as a process beside stable-baselines3's PPO, which learns in this one, on the same tables."""
+    contestants = {f"{SCRIPT}, {t} threads": script(args, t) for t in THREADS[::-1]}
+    small = "SB3 PPO, DummyVecEnv {} x {} steps".format(*SB3_SMALL)
+    same = f"SB3 PPO, DummyVecEnv {NUM_ENVS} x {NUM_STEPS} steps"
+    vector = f"SB3 PPO, our vector env {NUM_ENVS} x {NUM_STEPS} steps"
+    try:
+        import torch
+        from stable_baselines3.common.env_util import make_vec_env  # a DummyVecEnv of Monitors, as its users make it
+
+        torch.set_num_threads(CORES)
+        for name, (n, num_steps) in ((small, SB3_SMALL), (same, (NUM_ENVS, NUM_STEPS))):
+            contestants[name] = sb3(args, make_vec_env(lambda: LeadLagEnv(data=data), n), num_steps)
+        contestants[vector] = sb3(args, one_vector_env(data), NUM_STEPS)
+    except ImportError:
+        contestants |= dict.fromkeys((small, same, vector), INSTALL)
+    targets = [(small, 20, np.inf), (same, 20, np.inf)]
+    return compare("training", contestants, max(1, args.repeats // 3), faster_by=True, targets=targets)
+
+
+def script(args, threads):
+    def measure():
+        with tempfile.TemporaryDirectory() as runs:
+            command = [sys.executable, SCRIPT, "--market", args.market, "--runs-dir", runs, "--no-cuda"]
+            command += ["--total-timesteps", args.train_steps, "--num-threads", threads]
+            done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{SCRIPT} failed:\n{done.stderr[-3000:]}")
+            return json.loads(next(Path(runs).glob("*/run.json")).read_text())["sps"]
+
+    return measure
+
+
+def one_vector_env(data):
+    """Its best case: all markets in one call, behind the thinnest VecEnv that keeps the API."""
+    from stable_baselines3.common.vec_env import VecEnv
+
+    class Adapter(VecEnv):
+        def __init__(self):
+            self.env = LeadLagVectorEnv(NUM_ENVS, data=data)
+            super().__init__(NUM_ENVS, self.env.single_observation_space, self.env.single_action_space)
+
+        def reset(self):
+            return self.env.reset(seed=0)[0]
+
+        def step_async(self, actions):
+            self.actions = actions
+
+        def step_wait(self):
+            obs, reward, terminated, truncated, found = self.env.step(self.actions)
+            infos, done = [{} for _ in range(self.num_envs)], terminated | truncated
+            for i in np.flatnonzero(done):
+                infos[i] = {"terminal_observation": found["final_obs"][i], "TimeLimit.truncated": bool(truncated[i])}
+            return obs, reward, done, infos
+
+        def get_attr(self, name, indices=None):
+            return [getattr(self.env, name, None)] * self.num_envs
+
+        def env_is_wrapped(self, wrapper_class, indices=None):
+            return [False] * self.num_envs
+
+        close = set_attr = env_method = lambda self, *args, **kwargs: None
+
+    return Adapter()
+
+
+def sb3(args, env, num_steps):
+    """PPO with the script's networks, epochs and minibatches; one call learns from one batch."""
+    from stable_baselines3 import PPO
+
+    batch = env.num_envs * num_steps
+    model = PPO(
+        "MlpPolicy", env, n_steps=num_steps, batch_size=batch // MINIBATCHES, n_epochs=EPOCHS, gamma=0.5, gae_lambda=0.9,
+        learning_rate=1e-3, ent_coef=0.001, policy_kwargs={"net_arch": {"pi": [64, 64], "vf": [64, 64]}}, device="cpu", seed=0,
+    )  # fmt: skip
+    return timed(lambda: model.learn(batch, reset_num_timesteps=False), batch, args.seconds)
+
+
+# Memory
+
+
+def measure_memory(args, data):
+    """Peak memory of a fresh process that steps 4,096 markets 100 times over 143 symbols x 3,700 bars."""
+    for _ in range(2):  # the first may compile, which takes memory of its own
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            peak = process.submit(peak_megabytes).result()
+    print(f"  {peak:,.0f} MB", flush=True)
+    return [{
+        "section": "memory", "name": "4096 markets over 143 symbols x 3,700 bars, whole process", "unit": "MB",
+        **spread("value", [peak]), "target": "< 1,000", "met": peak < 1000,
+    }]  # fmt: skip
+
+
+def peak_megabytes() -> float:
+    panel = load_market("synthetic:noise:assets=143:bars=3700:train=1:val=1:test=1")
+    fields = {name: values[:3700].copy() for name, values in panel.fields.items()}
+    panel = dataclasses.replace(
+        panel, **fields, timestamps=panel.timestamps[:3700].copy(), segments=panel.segments[:1], segment_split=("train",)
+    )
+    env = LeadLagVectorEnv(4096, data=LeadLagData(panel), split=Split("train", np.array([[0, panel.num_bars]])))
+    env.reset(seed=0)
+    actions = np.random.default_rng(0).integers(0, env.single_action_space.n, (100, 4096))
+    out = np.zeros_like(env._buffers.obs)
+    for row in actions:
+        env.step(row, out=out)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's ru_maxrss goes back to before exec: it would count the parent
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# Report
+
+SECTIONS = {
+    "memory": (measure_memory, "Peak memory", "ratio"),
+    "env": (measure_env, "LeadLag-v0 alone, random actions", "times the serial loop"),
+    "lookback": (measure_lookback, "Always the same lookback, 1024 markets, 1 thread", "cost against the shortest"),
+    "rollout": (measure_rollout, f"Rollout: policy network, sampling, step; {NUM_ENVS} markets", "times 1 thread"),
+    "peers": (measure_peers, "Markets alone, beside other packages", "the first row is faster by"),
+    "training": (measure_training, "Training: rollout and update, 64-64 tanh networks", "the first row is faster by"),
+}  # fmt: skip
+NOTES = {
+    "env": "`LeadLagVectorEnv.step(actions, out=...)`; obs, reward, masks, accounts and autoreset included.",
+    "peers": "gym-trading-env: one symbol, four features, positions -1, 0, 1; gym-anytrading: a window of 10 bars; the whole "
+    "history is one episode. Both run unchanged; importing gym_trading_env makes every later warning an error: undone here.",
+    "training": f"SB3 has the script's networks, {EPOCHS} epochs and {MINIBATCHES} minibatches per epoch, after a warm-up, on "
+    "the same tables, without action masks (a masked action keeps the lookback). The script runs as a process; its steps/s "
+    "leave out start-up, validation backtests and the final report.",
+}  # fmt: skip
+
+
+def machine() -> dict[str, object]:
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    facts = ledger.provenance(__file__, f"{model}, {CORES} cores")
+    versions = facts.pop("packages") | dict.fromkeys(PEERS, "not installed")
+    for name in PEERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    policy = os.environ.get("OMP_WAIT_POLICY", "default")
+    load = os.getloadavg()[0]
+    return (
+        {"date": time.strftime("%Y-%m-%d", time.gmtime())}
+        | facts
+        | versions
+        | {"omp_wait_policy": policy, "load_at_start": load}
+    )
+
+
+def markdown(facts, rows) -> str:
+    lines = ["# Throughput", "", "Median [smallest, largest]; ratios pair by pair of interleaved runs.", ""]
+    lines += ["| machine | |", "|-|-|", *(f"| {name} | {value} |" for name, value in facts.items())]
+    for section, (_, title, ratio) in SECTIONS.items():
+        found = [row for row in rows if row["section"] == section]
+        if found:
+            unit = found[0].get("unit", "steps/s")
+            lines += ["", f"## {title}", "", *([NOTES[section], ""] if section in NOTES else [])]
+            lines += [f"| | {unit} | {ratio} | target | met |", "|-|-:|-:|-:|-|"]
+            for row in found:
+                met = {True: "yes", False: "no"}.get(row.get("met"), "")
+                value = row.get("note") or figure(row, "value")
+                lines.append(f"| {row['name']} | {value} | {figure(row, 'ratio')} | {row.get('target', '')} | {met} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Args) -> list[dict]:
+    facts = machine()
+    data, rows = None, []
+    args.out.mkdir(parents=True, exist_ok=True)
+    for section, (measure, title, _) in SECTIONS.items():
+        if section in (args.only or SECTIONS):
+            print(title, flush=True)
+            if section != "memory" and data is None:
+                data = LeadLagData(load_market(args.market, 1))
+            rows += measure(args, data)
+            facts["load_at_end"] = os.getloadavg()[0]
+            content = {"machine": facts, "arguments": dataclasses.asdict(args) | {"out": str(args.out)}, "rows": rows}
+            ledger.write_json(args.out / "throughput.json", content)
+            (args.out / "throughput.md").write_text(markdown(facts, rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

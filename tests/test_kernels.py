@@ -1,0 +1,116 @@
+"""One step, four targets: serial, parallel, pure Python and CUDA (simulated) write the same bits; and the disk cache works."""
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import (
+    ACTIONS,
+    ROOT,
+    assert_same_bits,
+    kernel_trace,
+    kernel_trace_in_process,
+    make_env,
+    random_actions,
+    run_python,
+)
+
+PURE_PYTHON = {"NUMBA_DISABLE_JIT": "1"}
+SIMULATOR = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
+
+COMPILE = """
+import dataclasses, sys
+import conftest
+from numba.core.dispatcher import Dispatcher
+data = conftest.LeadLagData(conftest.ragged_panel(0), conftest.TINY)
+for number in (1, 16):
+    env = conftest.make_env(data, number, split=conftest.whole(data.panel))
+    env.reset(seed=0)
+    env.step([0] * number)
+found = {id(f): f for name, m in list(sys.modules.items()) if name.startswith("envs") for f in vars(m).values()
+         if isinstance(f, Dispatcher)}.values()
+print(sum(sum(f.stats.cache_misses.values()) for f in found), sum(sum(f.stats.cache_hits.values()) for f in found))
+"""
+
+
+def assert_same_trace(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert_same_bits(found[name], expected[name], name)
+
+
+@pytest.fixture(scope="module")
+def serial(ragged_data):
+    return {actions: kernel_trace(ragged_data, "serial", actions) for actions in ACTIONS}
+
+
+@pytest.fixture(scope="module")
+def pure_python(ragged_data, tmp_path_factory):
+    return {
+        actions: kernel_trace_in_process(ragged_data, tmp_path_factory.mktemp(actions), "serial", actions, **PURE_PYTHON)
+        for actions in ("absolute", "hybrid")
+    }
+
+
+def test_traces_hold_many_episodes_and_every_kind_of_money(serial):
+    for trace in serial.values():
+        assert trace["truncated"].sum() >= 24
+        assert np.abs(trace["weights"]).sum() > 10 and len(np.unique(trace["state_lookback"])) == 3
+        assert (trace["components"] != 0).any(axis=(0, 1)).all()
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("actions", ACTIONS)
+def test_parallel_equals_serial(ragged_data, serial, actions, threads):
+    assert_same_trace(kernel_trace(ragged_data, "parallel", actions, threads=threads), serial[actions])
+
+
+@pytest.mark.parametrize("actions", ("absolute", "hybrid"))
+def test_pure_python_equals_compiled(serial, pure_python, actions):
+    assert_same_trace(pure_python[actions], serial[actions])
+
+
+@pytest.mark.parametrize("actions", ("absolute", "hybrid"))
+def test_simulated_cuda_equals_pure_python(ragged_data, pure_python, actions, tmp_path):
+    """The kernels launched on the env's own arrays, over more threads than markets."""
+    assert_same_trace(kernel_trace_in_process(ragged_data, tmp_path, "cuda", actions, **SIMULATOR), pure_python[actions])
+
+
+def test_a_market_does_not_depend_on_how_many_others_run(small_data):
+    few, many = (make_env(small_data, n, episode_length=20) for n in (3, 40))
+    assert not few._parallel and many._parallel
+    chosen = random_actions(many, 60)
+    few.reset(seed=9), many.reset(seed=9)
+    for actions in chosen:
+        found, expected = few.step(actions[:3]), many.step(actions)
+        for a, b in zip(found[:4], expected[:4]):
+            assert_same_bits(a, b[:3])
+        assert_same_bits(found[4]["record"], expected[4]["record"][:3], "record")
+
+
+def test_the_second_process_compiles_nothing(tmp_path):
+    first, second = (run_python("-c", COMPILE, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    for done in (first, second):
+        assert done.returncode == 0, done.stderr[-4000:]
+    misses, _ = map(int, first.stdout.split())
+    assert misses > 10
+    misses, hits = map(int, second.stdout.split())
+    assert misses == 0 and hits > 5
+
+
+def test_editing_any_source_changes_the_cache_folder(tmp_path):
+    """Numba's own index would not notice that a function called from another file has changed."""
+    shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def folder():
+        done = run_python(
+            "-c", "import envs, numba; print(numba.config.CACHE_DIR)", cwd=tmp_path, NUMBA_CACHE_DIR=str(tmp_path)
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    before = folder()
+    assert before == folder() and before.startswith(str(tmp_path))
+    source = tmp_path / "envs" / "costs.py"
+    source.write_text(source.read_text() + "\n# edited\n")
+    assert folder() != before

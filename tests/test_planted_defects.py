@@ -1,0 +1,90 @@
+"""The tests that guard against the classic backtest errors, themselves tested: plant the error, and they must fail."""
+
+import re
+import shutil
+
+import pytest
+from conftest import ROOT, run_python
+
+TESTS = ("conftest.py", "test_costs.py", "test_features.py", "test_leadlag.py")
+LEAK_IN_FEATURES = "test_features.py::test_no_feature_and_no_target_uses_a_later_bar[xcorr]"
+LEAK_IN_ENV = "test_leadlag.py::test_nothing_seen_or_earned_depends_on_later_bars[same_close]"
+CASH = "test_costs.py::test_cash_costs_nothing"
+DRIFT = "test_costs.py::test_turnover_is_measured_against_drifted_weights"
+FILL = "test_costs.py::test_fills_by_hand[next_open-price0-status0]"
+REWARD = "test_leadlag.py::test_reward_is_log_growth_after_costs_by_default"
+NODES = (LEAK_IN_FEATURES, LEAK_IN_ENV, CASH, DRIFT, FILL, REWARD)
+
+# name -> file, the text to be replaced, what replaces it, the tests that must notice
+DEFECTS = {
+    "the leaders' direction is read from the next bar": (
+        "leadlag.py",
+        "lead += x[t, order[n - 1 - q]]",
+        "lead += x[min(t + 1, rows - 1), order[n - 1 - q]]",
+        (LEAK_IN_FEATURES, LEAK_IN_ENV),
+    ),
+    "cash pays costs": (
+        "costs.py",
+        "    turnover, impact_cost = 0.0, 0.0\n",
+        "    turnover, impact_cost = 0.0, 0.0\n"
+        "    if solvable:\n"
+        "        bought = 0.0\n"
+        "        for i in range(n):\n"
+        "            bought += target[i] * after - weights[i] * (1.0 + to_fill[i])\n"
+        "        turnover += abs(bought)\n",
+        (CASH,),
+    ),
+    "turnover is measured against weights that have not drifted": (
+        "costs.py",
+        "            turnover += size\n",
+        "            turnover += abs((w * after if solvable else 0.0) - weights[i])\n",
+        (DRIFT,),
+    ),
+    "orders fill at the close that was observed": (
+        "costs.py",
+        "price, fillable = np.where(present[1:], panel.open[1:], now), present[1:]",
+        "price, fillable = now, present[1:]",
+        (FILL,),
+    ),
+    "the reward leaves out costs": (
+        "leadlag.py",
+        "log_growth = math.log(max(growth, RUIN))",
+        "log_growth = math.log(max(1.0 + record[1], RUIN))",
+        (REWARD,),
+    ),
+}
+
+
+def outcome_of(folder, nodes):
+    """Run tests of a copied project uncompiled; returns (exit code, names of the tests that failed, output)."""
+    done = run_python(
+        "-m", "pytest", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "--rootdir", str(folder),
+        *(f"tests/{node}" for node in nodes), cwd=folder, NUMBA_DISABLE_JIT="1",
+    )  # fmt: skip
+    return done.returncode, set(re.findall(r"^FAILED tests/(\S+)", done.stdout, re.MULTILINE)), done.stdout + done.stderr
+
+
+@pytest.fixture
+def copied(tmp_path):
+    shutil.copytree(ROOT / "envs", tmp_path / "envs", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests").mkdir()
+    for name in TESTS:
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
+    return tmp_path
+
+
+def test_the_unpatched_copy_passes(copied):
+    code, failed, output = outcome_of(copied, NODES)
+    assert code == 0 and not failed, output
+    assert f"{len(NODES)} passed" in output
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_defect_is_noticed(copied, defect):
+    file, old, new, nodes = DEFECTS[defect]
+    source = copied / "envs" / file
+    text = source.read_text()
+    assert text.count(old) == 1, f"the defect no longer fits {file}: {old!r} occurs {text.count(old)} times"
+    source.write_text(text.replace(old, new))
+    code, failed, output = outcome_of(copied, nodes)
+    assert code == 1 and failed == set(nodes), output

@@ -1,0 +1,63 @@
+"""benchmark/throughput.py runs, writes what it measured, and does without its peers. No time is asserted: machines vary."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from conftest import ROOT, run_python
+
+TINY = "synthetic:leadlag:bars=300:train=1:val=1:test=1"
+SCRIPT = ROOT / "benchmark" / "throughput.py"
+
+
+@pytest.fixture
+def throughput(monkeypatch):
+    spec = importlib.util.spec_from_file_location("throughput", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "throughput", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_command_writes_rows(tmp_path):
+    options = ["--quick", "--repeats", "1", "--seconds", "0.01", "--market", TINY, "--num-envs", "1", "32"]
+    done = run_python(str(SCRIPT), *options, "--only", "env", "lookback", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    content = json.loads((tmp_path / "throughput.json").read_text())
+    assert content["machine"]["numba"] and content["arguments"]["market"] == TINY
+    names = [row["name"] for row in content["rows"] if row["section"] == "env"]
+    assert {"1 markets, serial", "32 markets, serial", "32 markets, parallel, 1 threads"} <= set(names)
+    lookbacks = [row for row in content["rows"] if row["section"] == "lookback"]
+    assert [row["name"] for row in lookbacks] == [f"lookback {k}" for k in (5, 9, 15, 27, 47, 82, 143, 250)]
+    for row in content["rows"]:
+        assert 0 < row["value_min"] <= row["value"] <= row["value_max"] and row["unit"] == "steps/s"
+        assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"] and len(row["samples"]) == 1
+    assert lookbacks[0]["ratio"] == 1 and all("met" in row for row in lookbacks[1:])
+    text = (tmp_path / "throughput.md").read_text()
+    assert all(f"| {row['name']} | " in text for row in content["rows"])
+
+
+def test_missing_peers_are_rows(throughput, tmp_path, monkeypatch):
+    for package in ("stable_baselines3", "gym_trading_env", "gym_anytrading"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
+    monkeypatch.setattr(throughput, "script", lambda args, threads: lambda: 1000.0 * threads)
+    rows = throughput.main(throughput.Args(repeats=1, seconds=0.01, market=TINY, only=("peers", "training"), out=tmp_path))
+    missing = [row for row in rows if row.get("note") == throughput.INSTALL]
+    assert len(missing) == 5 and all("value" not in row and "met" not in row for row in missing)
+    assert {row["section"] for row in rows if "value" in row} == {"peers", "training"}
+    assert throughput.INSTALL in (tmp_path / "throughput.md").read_text()
+
+
+def test_ratios_are_of_neighbours(throughput):
+    first, second = iter([1.0, 10.0, 4.0]), iter([2.0, 30.0, 16.0])
+    rows = throughput.compare(
+        "x", {"a": lambda: next(first), "b": lambda: next(second), "c": "why"}, 3, targets=[("b", 2, 3), ("c", 1, 2)]
+    )
+    assert (rows[1]["ratio_min"], rows[1]["ratio"], rows[1]["ratio_max"]) == (2, 3, 4) and rows[1]["met"]
+    assert rows[2]["note"] == "why" and "met" not in rows[2] and rows[2]["target"] == "<= 2"
+
+
+def test_unknown_section_is_refused(throughput):
+    with pytest.raises(SystemExit, match="--only nonsense"):
+        throughput.Args(only=("nonsense",))
