@@ -50,7 +50,7 @@ class Args:
     """folder that the run directory is made in"""
     resume: str | None = None
     """run directory to go on with, under the arguments saved there"""
-    checkpoint_every: int = 10
+    checkpoint_every: int = 20
     """iterations between two checkpoints (model.pt)"""
 
     env_id: str = MARKET_ENV
@@ -94,13 +94,13 @@ class Args:
     anneal_fraction: float = 0.5
     """share of training over which those four fade to 0"""
 
-    total_timesteps: int = 4_000_000
+    total_timesteps: int = 8_000_000
     """steps of all markets together"""
     num_envs: int = 1024
     """markets that run at once"""
     num_steps: int = 32
     """bars per market and rollout"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """learning rate of Adam"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
@@ -110,8 +110,8 @@ class Args:
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 4
     """minibatches per epoch"""
-    update_epochs: int = 3
-    """passes over each rollout"""
+    update_epochs: int = 1
+    """passes over each rollout; where the market's noise is 20 times its signal, new bars teach more than old ones"""
     norm_adv: bool = True
     """standardise advantages per minibatch"""
     clip_coef: float = 0.2
@@ -128,7 +128,7 @@ class Args:
     """end an update once a minibatch's approximate KL exceeds this"""
     reward_scale: float = 100.0
     """factor on the rewards that the critic sees"""
-    eval_every: int = 10
+    eval_every: int = 20
     """iterations between two backtests on the validation split"""
     patience: int = 0
     """stop after so many of them without a better score (0: never); the best model is kept in any case"""

@@ -41,7 +41,7 @@ PEERS = ("stable-baselines3", "gym-trading-env", "gym-anytrading")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 THREADS = sorted({1, min(2, CORES), CORES})
 # the script's defaults, which stable-baselines3 gets too; (n, steps): markets, bars per market and rollout
-NUM_ENVS, NUM_STEPS, MINIBATCHES, EPOCHS = 1024, 32, 4, 3
+NUM_ENVS, NUM_STEPS, MINIBATCHES, EPOCHS = 1024, 32, 4, 1
 SB3_SMALL = (8, 128)
 
 
@@ -138,7 +138,7 @@ def stepper(data: LeadLagData, num_envs: int, threads: int, loop: str = "auto", 
     """A function that steps `num_envs` markets once, with random actions or always `action`, as a script does: `out=`."""
     env = LeadLagVectorEnv(num_envs, data=data, num_threads=threads)
     if loop != "auto":
-        env._parallel = loop == "parallel"
+        env.parallel = loop == "parallel"
     env.reset(seed=0)
     out = np.zeros_like(env._buffers.obs)
     actions = np.random.default_rng(0).integers(0, env.single_action_space.n, (64, num_envs))

@@ -213,7 +213,7 @@ def _sqrt_impact(panel: Panel, costs: Costs, window: int = 20) -> np.ndarray:
     return costs.sqrt_impact * np.sqrt(variance * daily * ratio)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", forceinline=True)
 def account_step(weights, target, to_fill, to_mark, status, impact, years, fill_at_end, equity, c, record):
     """One bar of money. `weights` (N,) at the last mark become those at the next; returns the equity's growth factor.
 
@@ -226,14 +226,16 @@ def account_step(weights, target, to_fill, to_mark, status, impact, years, fill_
     has_impact = len(impact) == n
     held_gross, held_short = 0.0, 0.0
     at_fill = 1.0
-    for i in range(n):
+    for i in range(n):  # weights are in units of the equity at the last mark, until the end of this function
         held_gross += abs(weights[i])
         held_short += max(0.0, -weights[i])
         at_fill += weights[i] * to_fill[i]
+        weights[i] *= 1.0 + to_fill[i]
 
     # Equity after costs E solves f(E) = E - at_fill + cost(E) = 0. Each cost is convex in its trade, and the trade is
     # affine in E, so f is convex and Newton's method from the right, where f >= 0, falls monotonically to the root.
     linear = c.commission + c.spread + c.slippage + c.linear_impact
+    quadratic = c.quadratic_impact / at_fill
     after = at_fill
     solvable = at_fill > 0.0
     for _ in range(60):
@@ -244,11 +246,11 @@ def account_step(weights, target, to_fill, to_mark, status, impact, years, fill_
             if status[i] == UNTRADABLE:
                 continue
             w = target[i] if status[i] == TRADABLE else 0.0
-            trade = w * after - weights[i] * (1.0 + to_fill[i])
+            trade = w * after - weights[i]
             size = abs(trade)
             side = w if trade > 0.0 else -w
-            f += size * (linear + c.quadratic_impact * size / at_fill)
-            slope += side * (linear + 2.0 * c.quadratic_impact * size / at_fill)
+            f += size * (linear + quadratic * size)
+            slope += side * (linear + 2.0 * quadratic * size)
             if has_impact:
                 root = impact[i] * np.sqrt(size * equity)
                 f += size * root
@@ -257,49 +259,44 @@ def account_step(weights, target, to_fill, to_mark, status, impact, years, fill_
         move = f / slope
         after -= move
         solvable = solvable and after > 0.0
-        if abs(move) <= 1e-15 * at_fill:
+        if abs(move) <= 1e-11 * at_fill:  # what is left is of second order, or 1e-3 of this where a trade changes sign
             break
 
-    # Nothing left to trade with: everything that can be is closed, and the costs are still owed.
-    turnover, impact_cost = 0.0, 0.0
+    # Where nothing is left to trade with, everything that can be is closed, the costs are still owed, and what could not
+    # be closed is written off at the fill price: nothing can revive a ruined account.
+    turnover, impact_cost, profit = 0.0, 0.0, 0.0
     gross, net, short = 0.0, 0.0, 0.0
     for i in range(n):
-        position = weights[i] * (1.0 + to_fill[i])
         if status[i] != UNTRADABLE:
-            w = target[i] if status[i] == TRADABLE and solvable else 0.0
-            trade = (w * after if solvable else 0.0) - position
+            trade = (target[i] * after if status[i] == TRADABLE and solvable else 0.0) - weights[i]
             size = abs(trade)
             turnover += size
-            impact_cost += size * c.linear_impact
             if at_fill > 0.0:
-                impact_cost += c.quadratic_impact * size * size / at_fill
+                impact_cost += quadratic * size * size
             if has_impact:
                 impact_cost += impact[i] * size * np.sqrt(size * equity)
-            position += trade
-        gross += abs(position)
-        net += position
-        short += max(0.0, -position)
-        weights[i] = position  # in units of the equity at the last mark, until the end of this function
+            weights[i] += trade
+        gross += abs(weights[i])
+        net += weights[i]
+        short += max(0.0, -weights[i])
+        profit += weights[i] * to_mark[i]
     commission, spread, slippage = turnover * c.commission, turnover * c.spread, turnover * c.slippage
+    impact_cost += turnover * c.linear_impact
     after = at_fill - (commission + spread + slippage + impact_cost)
 
-    profit = 0.0
-    if not solvable:  # ruined: what could not be closed is written off at the fill price, and nothing can revive it
-        base, carried_gross, carried_short = 0.0, 0.0, 0.0
-    elif fill_at_end:
-        base, carried_gross, carried_short = 1.0, held_gross, held_short
-    else:
-        base, carried_gross, carried_short = after, gross, short
+    borrow, financing, interest = 0.0, 0.0, 0.0
     if solvable:
-        for i in range(n):
-            profit += weights[i] * to_mark[i]
-    borrow = years * c.borrow * carried_short
-    financing = years * c.financing * max(0.0, carried_gross - base)
-    interest = years * c.cash * max(0.0, base - carried_gross)
+        base, carried_gross, carried_short = (1.0, held_gross, held_short) if fill_at_end else (after, gross, short)
+        borrow = years * c.borrow * carried_short
+        financing = years * c.financing * max(0.0, carried_gross - base)
+        interest = years * c.cash * max(0.0, base - carried_gross)
+    else:
+        profit = 0.0
     growth = after + profit - borrow - financing + interest
 
+    scale = 1.0 / growth if solvable and growth > 0.0 else 0.0
     for i in range(n):
-        weights[i] = weights[i] * (1.0 + to_mark[i]) / growth if solvable and growth > 0.0 else 0.0
+        weights[i] *= (1.0 + to_mark[i]) * scale
     record[NET_RETURN] = growth - 1.0
     record[GROSS_RETURN] = (at_fill - 1.0) + profit
     record[COMMISSION] = commission

@@ -27,6 +27,7 @@ ABSOLUTE, DELTA, HYBRID = 0, 1, 2
 ACTIONS = {"absolute": ABSOLUTE, "delta": DELTA, "hybrid": HYBRID}
 ROWS, TOPK, FULL = 0, 1, 2
 ENCODERS = {"rows": ROWS, "topk": TOPK, "full": FULL}
+MATRIX = ("stability", "extremity", "strength")  # of the matrix in use; they follow its encoding
 COMPONENTS = ("log_growth", "strength", "stability", "extremity", "jump")
 
 
@@ -91,11 +92,9 @@ class LeadLagMarket(NamedTuple):
     rates: np.ndarray  # (1,) costs.RATES
     targets: np.ndarray  # (T, K, N) float32 weights of the follower portfolio
     valid: np.ndarray  # (T, K) bool: history, coverage and liquidity suffice
-    encoded: np.ndarray  # (T, K, E) float32
-    strength: np.ndarray  # (T, K) float32
+    matrix: np.ndarray  # (T, K, E + 3) float32: what an agent sees of matrix (t, k); MATRIX names the last three
+    context: np.ndarray  # (T, K + F) float32: strength of all K matrices, then the regime features
     stability: np.ndarray  # (T, K, K) float32: matrix k now against matrix k' one bar before
-    extremity: np.ndarray  # (T, K) float32: mean score of the leaders minus mean score of the followers
-    regime: np.ndarray  # (T, F) float32
     starts: np.ndarray  # (R,) first row of each range at which a decision can be taken
     stops: np.ndarray  # (R,) end of each range
 
@@ -126,10 +125,16 @@ class LeadLagData:
             self.signal.scores, self.signal.eligible, self.valid, standardised_returns(panel),
             config.top_fraction, config.hedge, config.gross, config.topk if config.encoder == "topk" else 0,
         )  # fmt: skip
-        self.encoded = {"rows": self.signal.scores, "topk": topk, "full": self.signal.matrix}[config.encoder]
+        encoded = {"rows": self.signal.scores, "topk": topk, "full": self.signal.matrix}[config.encoder]
+        held = np.arange(count)
+        about = np.stack([self.signal.stability[:, held, held], self.extremity, self.signal.strength], axis=2)
+        self.matrix = np.concatenate([encoded, about], axis=2)
+        self.context = np.concatenate([self.signal.strength, self.regime], axis=1)
         self.layout, at = {}, 0
-        for name, size in (("signal", self.encoded.shape[2]), ("strength", count), ("lookback", count),
-                           ("portfolio", 4), ("regime", len(REGIME_FEATURES))):  # fmt: skip
+        for name, size in (
+            ("signal", encoded.shape[2]), *((name, 1) for name in MATRIX), ("strengths", count),
+            ("regime", len(REGIME_FEATURES)), ("lookback", count), ("portfolio", 3),
+        ):  # fmt: skip
             self.layout[name] = slice(at, at + size)
             at += size
         self.observation_size = at
@@ -144,10 +149,9 @@ class LeadLagData:
                     f"symbols in rows {start}..{stop - 1}; expected more bars or symbols, or a smaller --min-lookback"
                 )
             starts.append(start + usable[0])
-        s = self.signal
         return LeadLagMarket(
-            *self.execution, self.costs.rates, self.targets, self.valid, self.encoded, s.strength, s.stability,
-            self.extremity, self.regime, np.array(starts), split.ranges[:, 1].copy(),
+            *self.execution, self.costs.rates, self.targets, self.valid, self.matrix, self.context,
+            self.signal.stability, np.array(starts), split.ranges[:, 1].copy(),
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
@@ -196,6 +200,9 @@ def follower_portfolios(scores, eligible, valid, x, top_fraction, hedge, gross, 
     return weights, extremity, encoded
 
 
+# The scalar functions are inlined (forceinline): a call would copy the tuples' hundred fields and count references.
+
+
 class Parameters(NamedTuple):
     """Scalars of the kernels; those of the curriculum and of annealing move between steps."""
 
@@ -213,12 +220,7 @@ class Parameters(NamedTuple):
     w_jump: float
 
 
-@njit(cache=True, error_model="numpy")
-def _allowed(valid, p, t, k, k_now):
-    return valid[t, k] and p.lowest <= k <= p.highest and abs(k - k_now) <= p.max_jump
-
-
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", forceinline=True)
 def _fallback(valid, t, k_now):
     """The lookback to hold where no action is allowed: the present one, or the nearest that is valid."""
     count = valid.shape[1]
@@ -230,7 +232,7 @@ def _fallback(valid, t, k_now):
     return k_now
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", forceinline=True)
 def _lookback_of(action, k_now, count, kind):
     """Grid index that an action asks for (delta: down, stay, up; hybrid: K absolute ones, then the three deltas)."""
     if kind == ABSOLUTE or (kind == HYBRID and action < count):
@@ -238,52 +240,55 @@ def _lookback_of(action, k_now, count, kind):
     return k_now + action - 1 if kind == DELTA else k_now + action - count - 1
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", forceinline=True)
 def observe(i, m, p, s, record, mask, obs):
-    """Write market i's observation and action mask. Blocks as in LeadLagData.layout."""
+    """Write market i's observation, laid out as LeadLagData.layout says, and its action mask."""
     valid = m.valid
-    count = valid.shape[1]
+    count, size, more = valid.shape[1], m.matrix.shape[2], m.context.shape[1]
     t, k = s.t, s.lookback
-    at = m.encoded.shape[2]
-    for e in range(at):
-        obs[i, e] = m.encoded[t, k, e]
+    for e in range(size):
+        obs[i, e] = m.matrix[t, k, e]
+    for e in range(more):
+        obs[i, size + e] = m.context[t, e]
+    at = size + more
     for q in range(count):
-        obs[i, at + q] = m.strength[t, q]
-        obs[i, at + count + q] = 1.0 if q == k else 0.0
-    at += 2 * count
-    obs[i, at] = m.stability[t, k, k]
-    obs[i, at + 1] = record[i, GROSS_EXPOSURE] if s.length > 0 else 0.0
-    obs[i, at + 2] = record[i, NET_EXPOSURE] if s.length > 0 else 0.0
-    obs[i, at + 3] = s.equity / s.peak - 1.0
-    at += 4
-    for f in range(m.regime.shape[1]):
-        obs[i, at + f] = m.regime[t, f]
-    any_allowed = False
-    for a in range(mask.shape[1]):
-        target = _lookback_of(a, k, count, p.actions)
-        mask[i, a] = 0 <= target < count and _allowed(valid, p, t, target, k)
-        any_allowed = any_allowed or mask[i, a]
-    if not any_allowed:
-        hold = _fallback(valid, t, k)
-        if p.actions == ABSOLUTE:
-            mask[i, hold] = True
-        else:
-            mask[i, mask.shape[1] - 2] = True  # stay
+        obs[i, at + q] = 0.0
+    obs[i, at + k] = 1.0
+    at += count
+    obs[i, at] = record[i, GROSS_EXPOSURE] if s.length > 0 else 0.0
+    obs[i, at + 1] = record[i, NET_EXPOSURE] if s.length > 0 else 0.0
+    obs[i, at + 2] = s.equity / s.peak - 1.0
+    # allowed: valid now, inside the curriculum's bounds, and within reach of the present lookback
+    low, high = max(p.lowest, k - p.max_jump), min(p.highest, k + p.max_jump)
+    anything = False
+    if p.actions != DELTA:
+        for q in range(count):
+            mask[i, q] = valid[t, q] and low <= q <= high
+            anything = anything or mask[i, q]
+    if p.actions != ABSOLUTE:
+        first = mask.shape[1] - 3
+        for d in range(3):
+            q = k + d - 1
+            mask[i, first + d] = low <= q <= high and valid[t, q]
+            anything = anything or mask[i, first + d]
+    if not anything:  # the present lookback, or the nearest that is valid
+        mask[i, _fallback(valid, t, k) if p.actions == ABSOLUTE else mask.shape[1] - 2] = True
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", forceinline=True)
 def reset_one(i, m, p, state, weights, record, mask, obs):
     """Begin an episode in market i: a random window of the split, or, without random_start, range i from its start."""
     s = state[i]
     ranges = len(m.starts)
     if p.random_start:
+        shortest = max(1, p.episode_length)
         total = 0
         for r in range(ranges):
-            total += max(1, m.stops[r] - m.starts[r] - max(1, p.episode_length))
+            total += max(1, m.stops[r] - m.starts[r] - shortest)
         pick = int(uniform(s.key, s.counter) * total)
         s.counter += np.uint64(1)
         for r in range(ranges):
-            choices = max(1, m.stops[r] - m.starts[r] - max(1, p.episode_length))
+            choices = max(1, m.stops[r] - m.starts[r] - shortest)
             if pick < choices:
                 break
             pick -= choices
@@ -301,35 +306,40 @@ def reset_one(i, m, p, state, weights, record, mask, obs):
     observe(i, m, p, s, record, mask, obs)
 
 
-@njit(cache=True, error_model="numpy")
-def step_one(i, m, p, state, weights, actions, b):
-    """One bar of market i: order, fill, mark, reward, observation; a new episode where this one ended."""
+@njit(cache=True, error_model="numpy", forceinline=True)
+def trade_one(i, m, p, state, weights, actions, b):
+    """First half of a bar of market i: the order, its fill, the mark."""
     s = state[i]
     t, before = s.t, s.lookback
     wanted = _lookback_of(actions[i], before, m.valid.shape[1], p.actions)
-    s.lookback = k = wanted if b.mask[i, actions[i]] and m.valid[t, wanted] else _fallback(m.valid, t, before)
-    record = b.record[i]
+    k = wanted if b.mask[i, actions[i]] and m.valid[t, wanted] else _fallback(m.valid, t, before)
     growth = account_step(
         weights[i], m.targets[t, k], m.to_fill[t], m.to_mark[t], m.status[t],
-        m.impact[min(t, len(m.impact) - 1)], m.years[t], m.fill_at_end, s.equity, m.rates[0], record,
+        m.impact[min(t, len(m.impact) - 1)], m.years[t], m.fill_at_end, s.equity, m.rates[0], b.record[i],
     )  # fmt: skip
+    s.previous, s.lookback = before, k
     s.equity *= growth
     s.peak = max(s.peak, s.equity)
     s.t = t + 1
     s.length += 1
-    record[EQUITY] = s.equity
-    log_growth = math.log(max(growth, RUIN))
-    jump = abs(k - before) / (m.valid.shape[1] - 1)
+    b.record[i, EQUITY] = s.equity
+    b.components[i, 0] = math.log(max(growth, RUIN))
     b.row[i] = t
     b.choice[i] = k
-    b.components[i, 0] = log_growth
-    b.components[i, 1] = m.strength[t, k]
-    b.components[i, 2] = m.stability[t, k, before]
-    b.components[i, 3] = m.extremity[t, k]
-    b.components[i, 4] = jump
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def report_one(i, m, p, state, weights, b):
+    """Second half: reward, end of the episode, observation; a new episode where this one ended."""
+    s = state[i]
+    t, k, about = b.row[i], s.lookback, m.matrix.shape[2] - 3
+    b.components[i, 1] = m.matrix[t, k, about + 2]
+    b.components[i, 2] = m.stability[t, k, s.previous]
+    b.components[i, 3] = m.matrix[t, k, about + 1]
+    b.components[i, 4] = abs(k - s.previous) / (m.valid.shape[1] - 1)
     b.reward[i] = (
-        p.w_growth * log_growth + p.w_strength * m.strength[t, k] + p.w_stability * m.stability[t, k, before]
-        + p.w_extremity * m.extremity[t, k] - p.w_jump * jump
+        p.w_growth * b.components[i, 0] + p.w_strength * b.components[i, 1] + p.w_stability * b.components[i, 2]
+        + p.w_extremity * b.components[i, 3] - p.w_jump * b.components[i, 4]
     )  # fmt: skip
     b.terminated[i] = s.equity <= RUIN
     b.truncated[i] = not b.terminated[i] and s.t >= s.stop - 1
@@ -352,16 +362,24 @@ def reset_parallel(m, p, state, weights, b):
         reset_one(i, m, p, state, weights, b.record, b.mask, b.obs)
 
 
+# Two short loops, not one long: the tables are larger than the cache, and a processor can only fetch for the next
+# market what fits into its window of instructions.
+
+
 @njit(cache=True, error_model="numpy")
 def step_serial(m, p, state, weights, actions, b):
     for i in range(len(state)):
-        step_one(i, m, p, state, weights, actions, b)
+        trade_one(i, m, p, state, weights, actions, b)
+    for i in range(len(state)):
+        report_one(i, m, p, state, weights, b)
 
 
 @njit(cache=True, error_model="numpy", parallel=True)
 def step_parallel(m, p, state, weights, actions, b):
     for i in prange(len(state)):
-        step_one(i, m, p, state, weights, actions, b)
+        trade_one(i, m, p, state, weights, actions, b)
+    for i in prange(len(state)):
+        report_one(i, m, p, state, weights, b)
 
 
 @cuda.jit
@@ -375,7 +393,8 @@ def reset_cuda(m, p, state, weights, b):
 def step_cuda(m, p, state, weights, actions, b):
     i = cuda.grid(1)
     if i < len(state):
-        step_one(i, m, p, state, weights, actions, b)
+        trade_one(i, m, p, state, weights, actions, b)
+        report_one(i, m, p, state, weights, b)
 
 
 class LeadLagVectorEnv(MarketVectorEnv):
@@ -441,7 +460,7 @@ class LeadLagVectorEnv(MarketVectorEnv):
         number = {"absolute": count, "delta": 3, "hybrid": count + 3}[actions]
         super().__init__(
             num_envs, split, data.panel.num_symbols, data.observation_size, gym.spaces.Discrete(number), number,
-            [("lookback", np.int64)], num_threads,
+            [("lookback", np.int64), ("previous", np.int64)], num_threads,
         )  # fmt: skip
         self._market = data.market(split)
 

@@ -19,7 +19,7 @@ from numba import njit, set_num_threads
 from envs.costs import RECORD
 from envs.panel import Split
 
-PARALLEL_FROM = 16  # markets; below, starting threads costs more than they save
+PARALLEL_FROM = 32  # markets; below, starting threads costs more than they save
 
 # Fields of every market's state; environments append their own.
 STATE = [
@@ -45,7 +45,7 @@ def mix64(x):
     return x ^ (x >> _S31)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, error_model="numpy", forceinline=True)
 def uniform(key, counter):
     """The counter-th number in [0, 1) of the stream `key`; both np.uint64. No state: the same on every target."""
     bits = mix64(mix64(key + _STEP) ^ (counter * _STEP))
@@ -101,8 +101,7 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.num_threads = min(num_threads or available, available)
-        # on one thread too: inside a prange body arrays are not reference-counted, which halves the time of a step
-        self._parallel = num_envs >= PARALLEL_FROM
+        self.parallel = self.num_threads > 1 and num_envs >= PARALLEL_FROM  # which of the two equal loops runs
         self._state = np.zeros(num_envs, dtype=STATE + extra_state).view(np.recarray)
         self._weights = np.zeros((num_envs, num_symbols))
         self._buffers = Buffers(
@@ -124,9 +123,9 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         raise AttributeError("a market environment defines _parameters")
 
     def _run(self, loops, *args):
-        if self._parallel:
+        if self.parallel:
             set_num_threads(self.num_threads)
-        loops[self._parallel](self._market, self._parameters(), self._state, self._weights, *args)
+        loops[self.parallel](self._market, self._parameters(), self._state, self._weights, *args)
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None):
         """Start a new episode in every market; returns (obs (n, D) float32, infos).

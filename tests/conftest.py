@@ -137,7 +137,7 @@ def assert_same_rollout(found: dict, expected: dict):
         assert_same_bits(found[name], expected[name], name)
 
 
-def run_python(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+def run_python(*args: str, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """A fresh interpreter with envs/ and tests/ of `cwd` on its path; numba's switches come from `environment` alone."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "PYTEST_"))}
     path = os.pathsep.join((str(cwd), str(cwd / "tests")))
@@ -147,7 +147,7 @@ def run_python(*args: str, cwd: Path = ROOT, **environment: str) -> subprocess.C
         env={**inherited, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
 
 
@@ -163,7 +163,7 @@ def kernel_trace(data: LeadLagData, target: str, actions: str, num_envs: int = 6
         reward_weights={"strength": 0.3, "stability": 0.2, "extremity": 0.1, "jump": 0.05}, anneal_steps=70,
         curriculum=(5, 12), curriculum_steps=50,
     )  # fmt: skip
-    env._parallel = target == "parallel"
+    env.parallel = target == "parallel"
     if target == "cuda":
         blocks = (2, (num_envs + 1) // 2)
         env._reset_loops = (leadlag.reset_cuda[blocks],)

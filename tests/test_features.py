@@ -229,7 +229,8 @@ def tables(panel, signal):
     topk = LeadLagData(panel, replace(config, encoder="topk", topk=2))
     return {
         **data.signal._asdict(), "standardised": standardised_returns(panel), "regime": data.regime, "valid": data.valid,
-        "targets": data.targets, "extremity": data.extremity, "encoded": data.encoded, "topk": topk.encoded,
+        "targets": data.targets, "extremity": data.extremity,
+        "matrix_and_more": data.matrix, "topk": topk.matrix, "context": data.context,
     }  # fmt: skip
 
 

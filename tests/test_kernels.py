@@ -78,7 +78,7 @@ def test_simulated_cuda_equals_pure_python(ragged_data, pure_python, actions, tm
 
 def test_a_market_does_not_depend_on_how_many_others_run(small_data):
     few, many = (make_env(small_data, n, episode_length=20) for n in (3, 40))
-    assert not few._parallel and many._parallel
+    assert not few.parallel and many.parallel
     chosen = random_actions(many, 60)
     few.reset(seed=9), many.reset(seed=9)
     for actions in chosen:

@@ -400,10 +400,10 @@ def test_observation_blocks(encoder, size):
     data = LeadLagData(ragged_panel(11), replace(TINY, encoder=encoder, topk=2))
     env = make_env(data, 3, split=whole(data.panel), episode_length=25)
     at, count = data.layout, len(data.lookbacks)
-    assert [s.stop - s.start for s in at.values()] == [size, count, count, 4, data.regime.shape[1]]
-    assert list(at) == ["signal", "strength", "lookback", "portfolio", "regime"]
-    assert env.single_observation_space.shape == (at["regime"].stop,)
-    table = {"rows": data.signal.scores, "full": data.signal.matrix, "topk": data.encoded}[encoder]
+    assert [s.stop - s.start for s in at.values()] == [size, 1, 1, 1, count, data.regime.shape[1], count, 3]
+    assert list(at) == ["signal", "stability", "extremity", "strength", "strengths", "regime", "lookback", "portfolio"]
+    assert env.single_observation_space.shape == (at["portfolio"].stop,)
+    table = {"rows": data.signal.scores, "full": data.signal.matrix, "topk": data.matrix[..., :size]}[encoder]
     assert encoder != "topk" or np.abs(table[..., :2] - np.sort(data.signal.scores, axis=2)[..., :-3:-1])[40:].max() < 1
     chosen = random_actions(env, 70)
     held, log = rollout_lookbacks(env, chosen), rollout(env, chosen)
@@ -412,14 +412,16 @@ def test_observation_blocks(encoder, size):
     for n, i in np.ndindex(70, 3):
         t, k, obs = log["row"][n, i], held[n, i], log["seen_obs"][n, i]
         np.testing.assert_array_equal(obs[at["signal"]], table[t, k])
-        np.testing.assert_array_equal(obs[at["strength"]], data.signal.strength[t])
+        assert obs[at["stability"]] == data.signal.stability[t, k, k] and obs[at["extremity"]] == data.extremity[t, k]
+        assert obs[at["strength"]] == data.signal.strength[t, k]
+        np.testing.assert_array_equal(obs[at["strengths"]], data.signal.strength[t])
         np.testing.assert_array_equal(obs[at["lookback"]], np.arange(count) == k)
         np.testing.assert_array_equal(obs[at["regime"]], data.regime[t])
         ended = np.flatnonzero(log["truncated"][:n, i])
         first = ended[-1] + 1 if len(ended) else 0
         path = np.append(1.0, equity[first:n, i])
         shown = log["record"][n - 1, i, exposure] if n > first else np.zeros(2)
-        expected = [data.signal.stability[t, k, k], *shown, path[-1] / path.max() - 1]
+        expected = [*shown, path[-1] / path.max() - 1]
         np.testing.assert_allclose(obs[at["portfolio"]], expected, rtol=1e-6, atol=1e-7)
 
 

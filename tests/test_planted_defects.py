@@ -25,19 +25,19 @@ DEFECTS = {
     ),
     "cash pays costs": (
         "costs.py",
-        "    turnover, impact_cost = 0.0, 0.0\n",
-        "    turnover, impact_cost = 0.0, 0.0\n"
+        "    turnover, impact_cost, profit = 0.0, 0.0, 0.0\n",
+        "    turnover, impact_cost, profit = 0.0, 0.0, 0.0\n"
         "    if solvable:\n"
         "        bought = 0.0\n"
         "        for i in range(n):\n"
-        "            bought += target[i] * after - weights[i] * (1.0 + to_fill[i])\n"
+        "            bought += target[i] * after - weights[i]\n"
         "        turnover += abs(bought)\n",
         (CASH,),
     ),
     "turnover is measured against weights that have not drifted": (
         "costs.py",
         "            turnover += size\n",
-        "            turnover += abs((w * after if solvable else 0.0) - weights[i])\n",
+        "            turnover += abs(trade + weights[i] - weights[i] / (1.0 + to_fill[i]))\n",
         (DRIFT,),
     ),
     "orders fill at the close that was observed": (
@@ -48,8 +48,8 @@ DEFECTS = {
     ),
     "the reward leaves out costs": (
         "leadlag.py",
-        "log_growth = math.log(max(growth, RUIN))",
-        "log_growth = math.log(max(1.0 + record[1], RUIN))",
+        "b.components[i, 0] = math.log(max(growth, RUIN))",
+        "b.components[i, 0] = math.log(max(1.0 + b.record[i, 1], RUIN))",
         (REWARD,),
     ),
 }
