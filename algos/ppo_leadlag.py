@@ -71,6 +71,10 @@ class Args:
     """share of the bars used to choose the model; the rest is the test"""
     embargo: int = 5
     """bars dropped between two splits"""
+    folds: int = 0
+    """walk-forward folds instead of one split (0: none); the script runs one of them, `fold`"""
+    fold: int = 0
+    """which fold, from 0"""
     leadlag: LeadLagConfig = field(default_factory=LeadLagConfig)
     """costs, fill and signal"""
     actions: str = "absolute"
@@ -137,7 +141,7 @@ class Args:
 # What changes for --env-id: CleanRL's settings for classic control.
 CLASSIC_CONTROL = dict(
     total_timesteps=500_000, num_envs=4, num_steps=128, learning_rate=2.5e-4, gamma=0.99, gae_lambda=0.95,
-    update_epochs=4, ent_coef=0.01, clip_vloss=True, reward_scale=1.0, leadlag=None, market="", num_threads=1,
+    update_epochs=4, ent_coef=0.01, clip_vloss=True, reward_scale=1.0, num_threads=1,
 )  # fmt: skip
 
 
@@ -217,11 +221,13 @@ def save_checkpoint(path, content):
 if __name__ == "__main__":
     args = tyro.cli(Args, config=(tyro.conf.OmitArgPrefixes,))
     if args.env_id != MARKET_ENV:
-        default = dataclasses.replace(Args(), **{k: v for k, v in CLASSIC_CONTROL.items() if k != "leadlag"})
+        default = dataclasses.replace(Args(), **CLASSIC_CONTROL)
         args = tyro.cli(Args, default=default, config=(tyro.conf.OmitArgPrefixes,))
     checkpoint = None
     if args.resume:
         run_dir = Path(args.resume)
+        if not (run_dir / "model.pt").is_file():
+            sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
         checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
         saved = checkpoint["args"]
         args = Args(**{**saved, "leadlag": LeadLagConfig(**saved["leadlag"]), "resume": args.resume})
@@ -230,6 +236,8 @@ if __name__ == "__main__":
     batch_size = args.num_envs * args.num_steps
     minibatch_size = batch_size // args.num_minibatches
     num_iterations = max(1, args.total_timesteps // batch_size)
+    if not 1 <= args.num_minibatches <= batch_size:
+        sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {batch_size}, the steps of a rollout")
 
     # Seeds, threads, device
     random.seed(args.seed)
@@ -239,18 +247,25 @@ if __name__ == "__main__":
     torch.set_num_threads(args.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
-    # Market: panel, splits, tables
+    # Market: panel, splits, tables; what is wrong with them is said in one line
     data, splits = None, None
-    if is_market:
-        panel = load_market(
-            args.market, args.seed, symbols=list(args.symbols) or None, start=args.start, end=args.end, resample=args.resample
-        )
-        splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
-        data = LeadLagData(panel, args.leadlag)
-        print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
-        print(f"costs   {data.costs.describe()}")
-    train_envs = make_envs(args, data, splits, num_iterations)
-    assert isinstance(train_envs.single_action_space, gym.spaces.Discrete), f"--env-id {args.env_id}: expected discrete actions"
+    try:
+        if is_market:
+            panel = load_market(
+                args.market, args.seed, symbols=args.symbols or None, start=args.start, end=args.end, resample=args.resample
+            )
+            if args.folds:
+                splits = panel.walk_forward(args.folds, val_fraction=args.val_fraction, embargo=args.embargo)[args.fold]
+            else:
+                splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
+            data = LeadLagData(panel, args.leadlag)
+            print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
+            print(f"costs   {data.costs.describe()}")
+        train_envs = make_envs(args, data, splits, num_iterations)
+        if not isinstance(train_envs.single_action_space, gym.spaces.Discrete):
+            raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected discrete actions")
+    except (ValueError, IndexError, gym.error.Error) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     num_actions = int(train_envs.single_action_space.n)
     obs_size = int(np.prod(train_envs.single_observation_space.shape))
     agent = Agent(obs_size, num_actions).to(device)
@@ -488,11 +503,11 @@ if __name__ == "__main__":
         compared = {"agent": frames["test"], **references.references(data, splits, args.seed, num_threads=args.num_threads)}
         scores = {name: ledger.summarise(frame, panel.bars_per_year) for name, frame in compared.items()}
         run["scores"] = {"test": scores} | {
-            split: {"agent": ledger.summarise(frames[split], panel.bars_per_year)} for split in ("train", "val")
+            split: {"agent": ledger.summarise(frames[split], panel.bars_per_year, resamples=0)} for split in ("train", "val")
         }
         growths = {name: score["growth"] for name, score in scores.items()}
         run["capture"] = references.capture(growths["agent"], growths)
-        print(f"\ntest split, after costs, per year ({scores['agent']['bars']} bars; 95% interval by stationary bootstrap)")
+        print(f"\ntest split, after costs, per year ({scores['agent']['bars']} bars; {scores['agent']['bootstrap']})")
         print(f"{'':22}{'Sharpe':>7}  {'95% interval':<16}{'growth':>8}{'drawdown':>10}{'turnover':>10}{'cost':>8}")
         for name, s in scores.items():
             interval = f"[{s['sharpe_low']:.2f}, {s['sharpe_high']:.2f}]"

@@ -98,39 +98,55 @@ def growth(ledger: pd.DataFrame) -> np.ndarray:
     return np.log(np.maximum(1.0 + ledger["net_return"].to_numpy(), RUIN))
 
 
-def summarise(ledger: pd.DataFrame, bars_per_year: float, resamples: int = 500, seed: int = 0) -> dict[str, float]:
+def summarise(ledger: pd.DataFrame, bars_per_year: float, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
     """Scores of one split, markets pooled; rates are per year.
 
     Sharpe is mean / std(ddof=1) * sqrt(bars per year) of net returns (cash rate not subtracted: it is part of the
-    return). `*_low`, `*_high`: 95% percentile interval by the stationary bootstrap (Politis & Romano 1994) of `resamples`
-    draws, with the automatic block length of Patton, Politis & White (2009), stated as `block_length`. Drawdown is the mean
-    over markets of each one's deepest, from the running maximum including the start.
+    return). `*_low`, `*_high`: 95% percentile interval of `resamples` (0: none) bootstrap draws. Drawdown is the mean over
+    markets of each one's deepest, from the running maximum including the start.
     """
-    net, gross = ledger["net_return"].to_numpy(), ledger["gross_return"].to_numpy()
     costs = ledger[["commission", "spread", "slippage", "impact", "borrow", "financing"]].to_numpy().sum(axis=1)
     equity = ledger.groupby("market")["equity"]
     drawdowns = [float((path / np.maximum(np.maximum.accumulate(path), 1.0) - 1.0).min()) for _, path in equity]
     out = {
-        "bars": len(net),
+        "bars": len(ledger),
         "growth": float(growth(ledger).mean() * bars_per_year),
-        "sharpe": sharpe(net, bars_per_year),
-        "gross_sharpe": sharpe(gross, bars_per_year),
-        "volatility": float(net.std(ddof=1) * np.sqrt(bars_per_year)) if len(net) > 1 else 0.0,
+        "volatility": float(ledger["net_return"].std(ddof=1) * np.sqrt(bars_per_year)),
         "max_drawdown": float(np.mean(drawdowns)),
         "turnover": float(ledger["turnover"].mean() * bars_per_year),
         "cost": float(costs.mean() * bars_per_year),
         "gross_exposure": float(ledger["gross_exposure"].mean()),
     }
-    for name, series in (("sharpe", net), ("gross_sharpe", gross)) if resamples else ():
-        if len(series) < 20 or series.std() == 0.0:
-            out[f"{name}_low"] = out[f"{name}_high"] = float("nan")
-            continue
-        block = max(1.0, float(optimal_block_length(series)["stationary"].iloc[0]))
-        bootstrap = StationaryBootstrap(block, series, seed=seed)
-        draws = bootstrap.apply(lambda x: sharpe(x, bars_per_year), resamples)
-        out[f"{name}_low"], out[f"{name}_high"] = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
-        out["block_length"] = block
+    for name, column in (("sharpe", "net_return"), ("gross_sharpe", "gross_return")):
+        out[name] = sharpe(ledger[column].to_numpy(), bars_per_year)
+        if resamples:
+            interval = sharpe_interval(ledger[column].to_numpy(), ledger["market"].to_numpy(), bars_per_year, resamples, seed)
+            out[f"{name}_low"], out[f"{name}_high"], out["bootstrap"] = interval
     return out
+
+
+def sharpe_interval(returns, market, bars_per_year: float, resamples: int, seed: int) -> tuple[float, float, str]:
+    """95% percentile interval of the Sharpe ratio, and how it was drawn; NaN where returns do not vary.
+
+    Ten or more markets (independent histories) are resampled whole. Fewer: the stationary bootstrap over bars (Politis &
+    Romano 1994), mean block length by Politis & White 2004 as corrected in Patton, Politis & White 2009.
+    """
+    markets = len(np.unique(market))
+    if len(returns) < 20 or returns.std() == 0.0:
+        return float("nan"), float("nan"), "returns do not vary"
+    if markets >= 10:
+        bars, total, square = (np.bincount(market, weights) for weights in (None, returns, returns**2))
+        drawn = np.random.default_rng(seed).integers(markets, size=(resamples, markets))
+        n, s, q = bars[drawn].sum(axis=1), total[drawn].sum(axis=1), square[drawn].sum(axis=1)
+        draws = s / n / np.sqrt((q - s * s / n) / (n - 1)) * np.sqrt(bars_per_year)
+        how = f"{markets} markets resampled whole"
+    else:
+        block = max(1.0, float(optimal_block_length(returns)["stationary"].iloc[0]))
+        bootstrap = StationaryBootstrap(block, returns, seed=seed)
+        draws = bootstrap.apply(lambda x: sharpe(x, bars_per_year), resamples)
+        how = f"stationary bootstrap, mean block {block:.1f} bars"
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high), how
 
 
 def sharpe(returns: np.ndarray, bars_per_year: float) -> float:

@@ -130,7 +130,7 @@ def test_run_json_says_everything(base, script):
     assert (run["status"], run["failure"], run["env_id"], run["trials"]) == ("finished", None, "LeadLag-v0", 1)
     assert set(args) == {f.name for f in dataclasses.fields(script.Args)}
     assert set(args["leadlag"]) == {f.name for f in dataclasses.fields(script.LeadLagConfig)}
-    given = {"seed": 1, "market": MARKET, "num_envs": 64, "num_steps": 16, "total_timesteps": 20480, "learning_rate": 1e-3}
+    given = {"seed": 1, "market": MARKET, "num_envs": 64, "num_steps": 16, "total_timesteps": 20480, "eval_every": 5}
     assert {key: args[key] for key in given} == given and args["leadlag"]["max_lookback"] == 60
     assert run["script"] == "ppo_leadlag.py" and run["device"] == "cpu" and run["python"] and run["platform"]
     assert run["script_sha256"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
@@ -192,7 +192,7 @@ def test_tensorboard_has_cleanrls_tags(base):
     for tag, steps in (("charts/SPS", range(1, 21)), ("losses/entropy", range(1, 21)), ("eval/val_growth", (5, 10, 15, 20))):
         assert [e.step for e in events.Scalars(tag)] == [1024 * n for n in steps], tag
     rates = [e.value for e in events.Scalars("charts/learning_rate")]
-    np.testing.assert_allclose(rates, 1e-3 * (1 - np.arange(20) / 20), rtol=1e-6)
+    np.testing.assert_allclose(rates, base.json["args"]["learning_rate"] * (1 - np.arange(20) / 20), rtol=1e-6)
     assert max(e.value for e in events.Scalars("eval/val_growth")) == pytest.approx(base.json["val_growth"], rel=1e-5)
     assert 0 < events.Scalars("losses/entropy")[0].value <= np.log(5) + 1e-6
 
@@ -532,7 +532,7 @@ def test_sampling_follows_the_softmax(inside, monkeypatch):
     monkeypatch.setitem(gym.registry, "Bandit-v0", gym.envs.registration.EnvSpec("Bandit-v0", entry_point=Bandit))
     g = inside(
         "--env-id", "Bandit-v0", "--num-envs", "8", "--num-steps", "512", "--total-timesteps", str(4 * 4096),
-        "--learning-rate", "0.0004", "--no-anneal-lr", "--gamma", "0",
+        "--learning-rate", "0.0015", "--no-anneal-lr", "--gamma", "0", "--update-epochs", "4",
     )  # fmt: skip
     actions, logprobs = g["actions"].flatten().cpu().numpy(), g["logprobs"].flatten().double().cpu().exp().numpy()
     counts = np.bincount(actions, minlength=4)
