@@ -134,13 +134,13 @@ def figure(row: dict, name: str) -> str:
 # The markets alone
 
 
-def stepper(data: LeadLagData, num_envs: int, threads: int, loop: str = "auto", action: int | None = None):
+def stepper(data: LeadLagData, num_envs: int, threads: int, loop: str = "auto", action: int | None = None, split="train"):
     """A function that steps `num_envs` markets once, with random actions or always `action`, as a script does: `out=`."""
-    env = LeadLagVectorEnv(num_envs, data=data, num_threads=threads)
+    env = LeadLagVectorEnv(num_envs, data=data, split=split, num_threads=threads)
     if loop != "auto":
         env.parallel = loop == "parallel"
     env.reset(seed=0)
-    out = np.zeros_like(env._buffers.obs)
+    out = np.zeros(env.observation_space.shape, np.float32)
     actions = np.random.default_rng(0).integers(0, env.single_action_space.n, (64, num_envs))
     if action is not None:
         actions[:] = action
@@ -169,11 +169,18 @@ def measure_lookback(args, data):
 
 
 def measure_peers(args, data):
-    """One process, one market after the other, as these packages are run, beside all our cores and our single env."""
-    n = 4096
-    contestants = {f"LeadLag-v0, {n} markets, {t} threads": timed(stepper(data, n, t), n, args.seconds) for t in THREADS[::-1]}
-    contestants["LeadLag-v0, single env"] = timed(single(LeadLagEnv(data=data)), 1, args.seconds)
-    bars = bars_of_one_symbol(data.panel)
+    """One process, one market after the other, as these packages are run, beside all our cores and our single env.
+
+    All step over the same bars: the first history of the panel.
+    """
+    n = 2048
+    panel, split = first_history(data.panel)
+    one = LeadLagData(panel)
+    contestants = {
+        f"LeadLag-v0, {n} markets, {t} threads": timed(stepper(one, n, t, split=split), n, args.seconds) for t in THREADS[::-1]
+    }
+    contestants["LeadLag-v0, single env"] = timed(single(LeadLagEnv(data=one, split=split)), 1, args.seconds)
+    bars = bars_of_one_symbol(panel)
     for name, make in (("gym-trading-env, TradingEnv", gym_trading_env), ("gym-anytrading, StocksEnv", gym_anytrading)):
         try:
             contestants[name] = timed(single(make(bars)), 1, args.seconds)
@@ -182,9 +189,19 @@ def measure_peers(args, data):
     return compare("peers", contestants, args.repeats, faster_by=True, targets=[("gym-trading-env, TradingEnv", 100, np.inf)])
 
 
+def first_history(panel):
+    """The first price history of a synthetic panel, as a panel of its own, and all of it as a training split."""
+    bars = panel.segments[1]
+    fields = {name: values[:bars].copy() for name, values in panel.fields.items()}
+    times = panel.timestamps[:bars].copy()
+    cut = dataclasses.replace(
+        panel, **fields, timestamps=times, segments=panel.segments[:1], segment_split=("train",), hidden={}
+    )
+    return cut, Split("train", np.array([[0, bars]]))
+
+
 def bars_of_one_symbol(panel) -> pd.DataFrame:
-    rows = slice(0, panel.segments[1] if len(panel.segments) > 1 else panel.num_bars)
-    bars = pd.DataFrame({f: values[rows, 0] for f, values in panel.fields.items()}, pd.DatetimeIndex(panel.timestamps[rows]))
+    bars = pd.DataFrame({f: values[:, 0] for f, values in panel.fields.items()}, pd.DatetimeIndex(panel.timestamps))
     bars["feature_return"] = bars["close"].pct_change()
     for field in ("open", "high", "low"):
         bars[f"feature_{field}"] = bars[field] / bars["close"]
@@ -346,17 +363,10 @@ def measure_memory(args, data):
 
 
 def peak_megabytes() -> float:
-    panel = load_market("synthetic:noise:assets=143:bars=3700:train=1:val=1:test=1")
-    fields = {name: values[:3700].copy() for name, values in panel.fields.items()}
-    panel = dataclasses.replace(
-        panel, **fields, timestamps=panel.timestamps[:3700].copy(), segments=panel.segments[:1], segment_split=("train",)
-    )
-    env = LeadLagVectorEnv(4096, data=LeadLagData(panel), split=Split("train", np.array([[0, panel.num_bars]])))
-    env.reset(seed=0)
-    actions = np.random.default_rng(0).integers(0, env.single_action_space.n, (100, 4096))
-    out = np.zeros_like(env._buffers.obs)
-    for row in actions:
-        env.step(row, out=out)
+    panel, split = first_history(load_market("synthetic:noise:assets=143:bars=3700:train=1:val=1:test=1"))
+    step = stepper(LeadLagData(panel), 4096, CORES, split=split)
+    for _ in range(100):
+        step()
     status = Path("/proc/self/status")
     if status.exists():  # getrusage's ru_maxrss goes back to before exec: it would count the parent
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -376,7 +386,7 @@ SECTIONS = {
 NOTES = {
     "env": "`LeadLagVectorEnv.step(actions, out=...)`; obs, reward, masks, accounts and autoreset included.",
     "peers": "gym-trading-env: one symbol, four features, positions -1, 0, 1; gym-anytrading: a window of 10 bars; the whole "
-    "history is one episode. Both run unchanged; importing gym_trading_env makes every later warning an error: undone here.",
+    "history is one episode. All of them, LeadLag-v0 with its ten symbols too, step over the same bars. Both run unchanged; importing gym_trading_env makes every later warning an error: undone here.",
     "training": f"SB3 has the script's networks, {EPOCHS} epochs and {MINIBATCHES} minibatches per epoch, after a warm-up, on "
     "the same tables, without action masks (a masked action keeps the lookback). The script runs as a process; its steps/s "
     "leave out start-up, validation backtests and the final report.",
@@ -392,14 +402,7 @@ def machine() -> dict[str, object]:
     for name in PEERS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    policy = os.environ.get("OMP_WAIT_POLICY", "default")
-    load = os.getloadavg()[0]
-    return (
-        {"date": time.strftime("%Y-%m-%d", time.gmtime())}
-        | facts
-        | versions
-        | {"omp_wait_policy": policy, "load_at_start": load}
-    )
+    return {"date": time.strftime("%Y-%m-%d", time.gmtime())} | facts | versions | {"load_at_start": os.getloadavg()[0]}
 
 
 def markdown(facts, rows) -> str:
