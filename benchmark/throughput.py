@@ -386,7 +386,8 @@ SECTIONS = {
 NOTES = {
     "env": "`LeadLagVectorEnv.step(actions, out=...)`; obs, reward, masks, accounts and autoreset included.",
     "peers": "gym-trading-env: one symbol, four features, positions -1, 0, 1; gym-anytrading: a window of 10 bars; the whole "
-    "history is one episode. All of them, LeadLag-v0 with its ten symbols too, step over the same bars. Both run unchanged; importing gym_trading_env makes every later warning an error: undone here.",
+    "history is one episode. All of them, LeadLag-v0 with its ten symbols too, step over the same bars. Both run unchanged; "
+    "importing gym_trading_env makes every later warning an error: undone here.",
     "training": f"SB3 has the script's networks, {EPOCHS} epochs and {MINIBATCHES} minibatches per epoch, after a warm-up, on "
     "the same tables, without action masks (a masked action keeps the lookback). The script runs as a process; its steps/s "
     "leave out start-up, validation backtests and the final report.",
