@@ -141,7 +141,7 @@ class Args:
 # What changes for --env-id: CleanRL's settings for classic control.
 CLASSIC_CONTROL = dict(
     total_timesteps=500_000, num_envs=4, num_steps=128, learning_rate=2.5e-4, gamma=0.99, gae_lambda=0.95,
-    update_epochs=4, ent_coef=0.01, clip_vloss=True, reward_scale=1.0, num_threads=1,
+    update_epochs=4, ent_coef=0.01, reward_scale=1.0, num_threads=1,
 )  # fmt: skip
 
 
@@ -516,7 +516,7 @@ if __name__ == "__main__":
         if run["capture"] is not None:
             print(f"capture of the gap between the best fixed lookback and the regime oracle: {run['capture']:.2f}")
     else:
-        print(f"\nmean return of the last {len(recent_returns)} episodes: {run['last_100_returns']:.1f}")
+        print(f"\nmean return of the last {len(recent_returns)} episodes: {latest}")
     ledger.write_json(run_dir / "run.json", run)
     print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")
     if args.track:

@@ -17,7 +17,18 @@ import gymnasium as gym
 import numpy as np
 from numba import cuda, njit, prange
 
-from envs.costs import EQUITY, GROSS_EXPOSURE, NET_EXPOSURE, RUIN, Costs, account_step, default_fill, execution, load_costs
+from envs.costs import (
+    EQUITY,
+    FILLS,
+    GROSS_EXPOSURE,
+    NET_EXPOSURE,
+    RUIN,
+    Costs,
+    account_step,
+    default_fill,
+    execution,
+    load_costs,
+)
 from envs.features import REGIME_FEATURES, leadlag_signal, regime_features, standardised_returns
 from envs.panel import Panel, Split
 from envs.synthetic import load_market
@@ -56,7 +67,7 @@ class LeadLagConfig:
             if not ok:
                 raise ValueError(f"{field}={getattr(self, field)!r}: expected {what}")
 
-        expect(self.fill in ("auto", "next_open", "next_close", "same_close"), "fill", "auto or a fill rule")
+        expect(self.fill in ("auto", *FILLS), "fill", f"auto or one of {FILLS}")
         expect(self.min_lookback >= 2, "min_lookback", "at least 2")
         expect(self.max_lookback > self.min_lookback, "max_lookback", f"more than min_lookback={self.min_lookback}")
         expect(self.num_lookbacks >= 2, "num_lookbacks", "at least 2")

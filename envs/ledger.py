@@ -111,7 +111,7 @@ def summarise(ledger: pd.DataFrame, bars_per_year: float, resamples: int = 1000,
     out = {
         "bars": len(ledger),
         "growth": float(growth(ledger).mean() * bars_per_year),
-        "volatility": float(ledger["net_return"].std(ddof=1) * np.sqrt(bars_per_year)),
+        "volatility": float(ledger["net_return"].std(ddof=1) * np.sqrt(bars_per_year)) if len(ledger) > 1 else 0.0,
         "max_drawdown": float(np.mean(drawdowns)),
         "turnover": float(ledger["turnover"].mean() * bars_per_year),
         "cost": float(costs.mean() * bars_per_year),
@@ -132,7 +132,7 @@ def sharpe_interval(returns, market, bars_per_year: float, resamples: int, seed:
     Romano 1994), mean block length by Politis & White 2004 as corrected in Patton, Politis & White 2009.
     """
     markets = len(np.unique(market))
-    if len(returns) < 20 or returns.std() == 0.0:
+    if len(returns) < 20 or np.ptp(returns) == 0.0:
         return float("nan"), float("nan"), "returns do not vary"
     if markets >= 10:
         bars, total, square = (np.bincount(market, weights) for weights in (None, returns, returns**2))
@@ -151,8 +151,9 @@ def sharpe_interval(returns, market, bars_per_year: float, resamples: int, seed:
 
 def sharpe(returns: np.ndarray, bars_per_year: float) -> float:
     """Annualised Sharpe ratio of returns per bar; 0 where they do not vary."""
-    deviation = returns.std(ddof=1) if len(returns) > 1 else 0.0
-    return float(returns.mean() / deviation * np.sqrt(bars_per_year)) if deviation > 0 else 0.0
+    if len(returns) < 2 or np.ptp(returns) == 0.0:
+        return 0.0
+    return float(returns.mean() / returns.std(ddof=1) * np.sqrt(bars_per_year))
 
 
 def new_run_dir(root: str, env_id: str, exp_name: str, seed: int) -> Path:
@@ -210,8 +211,11 @@ def write_ledger(path: Path, ledger: pd.DataFrame):
 
 def _replace(path: Path, write: Callable[[Path], object]):
     part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _plain(value):

@@ -50,8 +50,7 @@ def references(data: LeadLagData, splits: dict[str, Split], seed: int = 0, **env
     rng = np.random.default_rng(seed)
     out["random"] = run(data, test, hold(rng.integers(count, size=rows)), **env_options)
     market = data.market(test)
-    known = np.isfinite(panel.filled("close")) & (data.execution.status == 1)
-    equal = known / np.maximum(known.sum(axis=1, keepdims=True), 1) * data.config.gross
+    equal = panel.present / np.maximum(panel.present.sum(axis=1, keepdims=True), 1) * data.config.gross
     out["equal weight"] = backtest_weights(panel, data.execution, market.rates, test, equal, market.starts)
 
     if {"regime", "expected_return"} <= set(panel.hidden):
@@ -76,9 +75,10 @@ def capture(agent: float, references: dict[str, float]) -> float | None:
     """(agent - best fixed lookback) / (regime oracle - best fixed lookback), of growths on the test split.
 
     The fixed lookback is the best on the test split itself, with hindsight, which no rule could know. None where the
-    oracle is not known.
+    oracle is not known, or does not beat that lookback (few or short test histories): there is no gap to capture.
     """
     if "oracle regime" not in references:
         return None
     best = max(value for name, value in references.items() if name.startswith("lookback"))
-    return (agent - best) / (references["oracle regime"] - best)
+    gap = references["oracle regime"] - best
+    return (agent - best) / gap if gap > 0 else None
