@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # Threads that wait spin only briefly: with libgomp's default one busy neighbour makes training ten times slower.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import gymnasium as gym
 import numpy as np
 import pandas as pd
@@ -138,10 +138,11 @@ class Args:
     """stop after so many of them without a better score (0: never); the best model is kept in any case"""
 
 
-# What changes for --env-id: CleanRL's settings for classic control.
+# What changes for --env-id: CleanRL's settings for classic control, and smaller rewards: with values of 100 the critic fills
+# the gradient's norm, and a policy that slips late in training no longer recovers (CartPole: 162 instead of 500, 1 seed of 3).
 CLASSIC_CONTROL = dict(
     total_timesteps=500_000, num_envs=4, num_steps=128, learning_rate=2.5e-4, gamma=0.99, gae_lambda=0.95,
-    update_epochs=4, ent_coef=0.01, reward_scale=1.0, num_threads=1,
+    update_epochs=4, ent_coef=0.01, reward_scale=0.05, num_threads=1,
 )  # fmt: skip
 
 

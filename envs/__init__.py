@@ -9,7 +9,7 @@ import numba
 
 # Threads that wait for each other spin only briefly: with libgomp's default one busy neighbour on the machine makes
 # every parallel step ten times slower. (Read when libgomp is loaded: scripts that import torch first set it themselves.)
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Numba's disk cache knows only the file of the function that it stores: edit costs.py, and the cached kernels of
 # leadlag.py would go on charging by the old rules. So the cache lives under the hash of all our sources.

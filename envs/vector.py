@@ -101,7 +101,9 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.num_threads = min(num_threads or available, available)
-        self.parallel = self.num_threads > 1 and num_envs >= PARALLEL_FROM  # which of the two equal loops runs
+        # Which of the two equal loops runs; with many markets the parallel one on one thread too: inside a prange body
+        # arrays are not reference-counted.
+        self.parallel = num_envs >= PARALLEL_FROM
         self._state = np.zeros(num_envs, dtype=STATE + extra_state).view(np.recarray)
         self._weights = np.zeros((num_envs, num_symbols))
         self._buffers = Buffers(
