@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import random
 import sys
 import time
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 
 # Threads that wait spin only briefly: with libgomp's default one busy neighbour makes training ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic matrix products are refused on CUDA
 import gymnasium as gym
 import numpy as np
 import pandas as pd
@@ -240,9 +240,7 @@ if __name__ == "__main__":
     if not 1 <= args.num_minibatches <= batch_size:
         sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {batch_size}, the steps of a rollout")
 
-    # Seeds, threads, device
-    random.seed(args.seed)
-    np.random.seed(args.seed)
+    # Seed, threads, device
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.set_num_threads(args.num_threads)
@@ -297,7 +295,7 @@ if __name__ == "__main__":
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
-        if device.type == "cuda":
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
         train_envs.unwrapped.set_state({k: v.numpy() for k, v in checkpoint["envs"].items()})
         obs[0], masks[0] = checkpoint["obs"], checkpoint["mask"]
@@ -448,7 +446,7 @@ if __name__ == "__main__":
             break
 
         # Logging
-        sps = int((global_step) / train_seconds)
+        sps = int(global_step / train_seconds)
         explained = 1 - (b_returns - b_values).var() / b_returns.var()
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/SPS", sps, global_step)
