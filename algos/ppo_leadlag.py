@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import envs  # noqa: F401  (registers LeadLag-v0)
 from envs import ledger, references
-from envs.leadlag import LeadLagConfig, LeadLagData
+from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.synthetic import load_market
 
 MARKET_ENV = "LeadLag-v0"

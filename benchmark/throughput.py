@@ -30,7 +30,8 @@ import pandas as pd
 import tyro
 
 from envs import ledger
-from envs.leadlag import LeadLagData, LeadLagEnv, LeadLagVectorEnv
+from envs.leadlag import LeadLagEnv, LeadLagVectorEnv
+from envs.leadlag_tables import LeadLagData
 from envs.panel import Split
 from envs.synthetic import load_market
 

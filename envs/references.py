@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from envs.leadlag import LeadLagData, LeadLagVectorEnv
+from envs.leadlag import LeadLagVectorEnv
+from envs.leadlag_tables import LeadLagData
 from envs.ledger import Policy, backtest, backtest_weights, growth
 from envs.panel import Split
 

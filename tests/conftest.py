@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from envs.leadlag import LeadLagConfig, LeadLagData, LeadLagVectorEnv
+from envs.leadlag import LeadLagVectorEnv
+from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.panel import Panel, Split
 from envs.synthetic import make_panel
 

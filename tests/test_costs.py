@@ -12,6 +12,7 @@ from envs.costs import (
     DELISTED,
     PRESETS,
     RECORD,
+    RUIN,
     TRADABLE,
     UNTRADABLE,
     Costs,
@@ -20,7 +21,7 @@ from envs.costs import (
     execution,
     load_costs,
 )
-from envs.leadlag import RUIN, LeadLagConfig, LeadLagData
+from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.panel import Panel
 from envs.synthetic import make_panel
 

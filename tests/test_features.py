@@ -16,7 +16,7 @@ from envs.features import (
     regime_features,
     standardised_returns,
 )
-from envs.leadlag import LeadLagConfig, LeadLagData
+from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.synthetic import make_panel
 
 LOOKBACKS = np.array([5, 13, 40])

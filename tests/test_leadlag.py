@@ -27,7 +27,8 @@ from gymnasium.vector import AutoresetMode
 
 from envs.costs import RECORD
 from envs.features import standardised_returns
-from envs.leadlag import COMPONENTS, LeadLagConfig, LeadLagData, LeadLagEnv, LeadLagVectorEnv, follower_portfolios
+from envs.leadlag import COMPONENTS, LeadLagEnv, LeadLagVectorEnv
+from envs.leadlag_tables import LeadLagConfig, LeadLagData, follower_portfolios
 from envs.panel import Split
 
 

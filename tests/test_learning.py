@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, run_python
 
 from envs import references
-from envs.leadlag import LeadLagData
+from envs.leadlag_tables import LeadLagData
 from envs.ledger import growth
 from envs.synthetic import load_market
 

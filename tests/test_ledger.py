@@ -14,7 +14,7 @@ from conftest import CONFIG, DEAR, FILLS, ROOT, SMALL, TINY, assert_same_bits, m
 
 from envs import ledger
 from envs.costs import RECORD, RUIN, execution, load_costs
-from envs.leadlag import LeadLagData
+from envs.leadlag_tables import LeadLagData
 from envs.panel import Panel, Split
 from envs.synthetic import make_panel
 

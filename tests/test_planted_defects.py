@@ -18,7 +18,7 @@ NODES = (LEAK_IN_FEATURES, LEAK_IN_ENV, CASH, DRIFT, FILL, REWARD)
 # name -> file, the text to be replaced, what replaces it, the tests that must notice
 DEFECTS = {
     "the leaders' direction is read from the next bar": (
-        "leadlag.py",
+        "leadlag_tables.py",
         "lead += x[t, order[n - 1 - q]]",
         "lead += x[min(t + 1, rows - 1), order[n - 1 - q]]",
         (LEAK_IN_FEATURES, LEAK_IN_ENV),

@@ -5,7 +5,7 @@ import pytest
 from conftest import CONFIG, SMALL, TINY, assert_same_bits, make_env, ragged_panel, tampered
 
 from envs import references
-from envs.leadlag import LeadLagConfig, LeadLagData
+from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.ledger import LEDGER, growth
 from envs.synthetic import make_panel
 
