@@ -232,12 +232,15 @@ if __name__ == "__main__":
         checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
         saved = checkpoint["args"]
         args = Args(**{**saved, "leadlag": LeadLagConfig(**saved["leadlag"]), "resume": args.resume})
+    for flag in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every"):
+        if getattr(args, flag) < 1:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
     is_market = args.env_id == MARKET_ENV
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
     batch_size = args.num_envs * args.num_steps
     minibatch_size = batch_size // args.num_minibatches
     num_iterations = max(1, args.total_timesteps // batch_size)
-    if not 1 <= args.num_minibatches <= batch_size:
+    if args.num_minibatches > batch_size:
         sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {batch_size}, the steps of a rollout")
 
     # Seed, threads, device
@@ -254,6 +257,8 @@ if __name__ == "__main__":
                 args.market, args.seed, symbols=args.symbols or None, start=args.start, end=args.end, resample=args.resample
             )
             if args.folds:
+                if not 0 <= args.fold < args.folds:
+                    raise ValueError(f"--fold {args.fold}: expected 0 to {args.folds - 1}, for --folds {args.folds}")
                 splits = panel.walk_forward(args.folds, val_fraction=args.val_fraction, embargo=args.embargo)[args.fold]
             else:
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
@@ -263,7 +268,7 @@ if __name__ == "__main__":
         train_envs = make_envs(args, data, splits, num_iterations)
         if not isinstance(train_envs.single_action_space, gym.spaces.Discrete):
             raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected discrete actions")
-    except (ValueError, IndexError, gym.error.Error) as error:
+    except (ValueError, gym.error.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     num_actions = int(train_envs.single_action_space.n)
     obs_size = int(np.prod(train_envs.single_observation_space.shape))
