@@ -156,8 +156,9 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, x):
-        var, mean = torch.var_mean(x.double(), dim=0, correction=0)
-        delta, total = mean - self.mean, self.count + len(x)
+        centred = x.double() - self.mean
+        delta, total = centred.mean(dim=0), self.count + len(x)
+        var = centred.square_().mean(dim=0) - delta**2
         self.var.copy_((self.var * self.count + var * len(x) + delta**2 * self.count * len(x) / total) / total)
         self.mean.add_(delta * len(x) / total)
         self.count.copy_(total)
@@ -173,16 +174,35 @@ def layer_init(layer, std=np.sqrt(2)):
     return layer
 
 
+class FastTanh(torch.autograd.Function):
+    """tanh(x) = 2 sigmoid(2x) - 1: on a CPU torch's sigmoid takes a tenth of the time of its tanh."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = (2.0 * x).sigmoid_().mul_(2.0).sub_(1.0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.aten.tanh_backward(grad, ctx.saved_tensors[0])
+
+
+class Tanh(nn.Module):
+    def forward(self, x):
+        return FastTanh.apply(x)
+
+
 class Agent(nn.Module):
     def __init__(self, obs_size, num_actions):
         super().__init__()
         self.norm = RunningNorm(obs_size)
         self.critic = nn.Sequential(
-            layer_init(nn.Linear(obs_size, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh(),
+            layer_init(nn.Linear(obs_size, 64)), Tanh(), layer_init(nn.Linear(64, 64)), Tanh(),
             layer_init(nn.Linear(64, 1), std=1.0),
         )  # fmt: skip
         self.actor = nn.Sequential(
-            layer_init(nn.Linear(obs_size, 64)), nn.Tanh(), layer_init(nn.Linear(64, 64)), nn.Tanh(),
+            layer_init(nn.Linear(obs_size, 64)), Tanh(), layer_init(nn.Linear(64, 64)), Tanh(),
             layer_init(nn.Linear(64, num_actions), std=0.01),
         )  # fmt: skip
 
@@ -246,6 +266,7 @@ if __name__ == "__main__":
     # Seed, threads, device
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.set_num_threads(args.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
@@ -350,8 +371,9 @@ if __name__ == "__main__":
             with torch.no_grad():
                 x[step] = agent.norm(obs[step].to(device))
                 log_probs = agent.log_probs(x[step], masks[step].to(device))
-                gumbel = torch.empty_like(log_probs).exponential_().log_()  # argmax(log p - log E) samples from p
-                action = (log_probs - gumbel).argmax(dim=1)
+                cumulative = log_probs.exp().cumsum(dim=1)
+                drawn = torch.rand((args.num_envs, 1), device=device) * cumulative[:, -1:]
+                action = (cumulative <= drawn).sum(dim=1)  # inverts the distribution; a masked action is never drawn
                 logprobs[step] = log_probs.gather(1, action[:, None]).squeeze(1)
                 actions[step] = action
             if is_market:

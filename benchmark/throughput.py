@@ -62,7 +62,7 @@ class Args:
     """numbers of markets of the env section (default: 1 16 256 1024 4096 16384; with --quick 1 256 4096)"""
     seconds: float = 0.3
     """least duration of one measurement"""
-    train_steps: int = 20 * NUM_ENVS * NUM_STEPS
+    train_steps: int = 100 * NUM_ENVS * NUM_STEPS
     """steps of one training run of the script"""
 
     def __post_init__(self):
