@@ -27,8 +27,9 @@ _sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_here.gl
 _writable = _here if os.access(_here, os.W_OK) else Path.home() / ".cache" / "cleanmarkets"
 numba.config.CACHE_DIR = str(Path(numba.config.CACHE_DIR or _writable / "__pycache__") / f"numba-{_sources}")
 
-gym.register(
-    id="LeadLag-v0",
-    entry_point="envs.leadlag:LeadLagEnv",
-    vector_entry_point="envs.leadlag:LeadLagVectorEnv",
-)
+for _name, _module in (("LeadLag", "leadlag"), ("Portfolio", "portfolio")):
+    gym.register(
+        id=f"{_name}-v0",
+        entry_point=f"envs.{_module}:{_name}Env",
+        vector_entry_point=f"envs.{_module}:{_name}VectorEnv",
+    )

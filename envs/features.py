@@ -1,10 +1,11 @@
 """Causal features: everything here at row t is a function of bars t and earlier, inside the same price history.
 
-Three things are computed once per panel and then only indexed by the environments:
+Four things are computed once per panel and then only indexed by the environments:
 
 - `standardised_returns`: log returns divided by a trailing volatility, the input of the lead-lag signals;
 - `leadlag_signal`: lead-lag matrices over K lookbacks at every bar, summarised to what agents see;
-- `regime_features`: volatility, trend, dispersion and correlation of the whole market.
+- `regime_features`: volatility, trend, dispersion and correlation of the whole market;
+- `asset_features`: last return, trends and volatility of each symbol.
 
 Cost per bar does not grow with the lookback: a window is moved by one term in, one term out. The running
 sums are anchored afresh every `BLOCK` bars, so that rounding errors do not accumulate with the length of a history.
@@ -32,6 +33,9 @@ REGIME_FEATURES = (
         "drawdown",
     )
 )
+
+TREND_WINDOWS = (5, 20, 60)
+ASSET_FEATURES = ("return", *(f"trend_{w}" for w in TREND_WINDOWS), "log_vol", "present")
 
 
 class LeadLagSignal(NamedTuple):
@@ -398,3 +402,27 @@ def _regime(returns, alive, segments, windows, bars_per_year):
         out[t, 2 * number + 2] = (share * n - 1.0) / (n - 1.0) if n > 1 else 0.0
         out[t, 2 * number + 3] = level - peak
     return out
+
+
+def asset_features(panel: Panel) -> np.ndarray:
+    """(T, N, len(ASSET_FEATURES)) float32 description of every symbol at each bar, from trailing windows only.
+
+    Standardised last return; its sums over TREND_WINDOWS bars over the square root of their number; log annualised
+    volatility of 20 bars; 1 where the symbol has a bar now. Windows are shorter at the start of a history; symbols that
+    have not been listed yet have zeros.
+    """
+    x, returns = standardised_returns(panel), log_returns(panel)
+    features = [x, *(_window_sum_of(panel, x, w)[0] for w in TREND_WINDOWS)]
+    square, bars = _window_sum_of(panel, returns**2, 20)
+    variance = square / np.sqrt(bars)
+    features.append(0.5 * np.log(np.maximum(variance, 1e-12) * panel.bars_per_year))
+    listed = np.isfinite(panel.filled("close"))
+    return np.stack([np.where(listed, f, 0.0) for f in (*features, panel.present)], axis=2).astype(np.float32)
+
+
+def _window_sum_of(panel, x, window):
+    """Sums over the last `window` bars of each history over the root of their number; and that number (T, 1)."""
+    row = np.arange(len(x))
+    bars = np.minimum(row - panel.segments[panel.segment_of_row] + 1, window)[:, None]
+    total = np.concatenate([np.zeros((1, x.shape[1])), np.cumsum(x, axis=0)])
+    return (total[1:] - np.take_along_axis(total, row[:, None] + 1 - bars, axis=0)) / np.sqrt(bars), bars

@@ -17,7 +17,7 @@ from envs.costs import EQUITY, GROSS_EXPOSURE, NET_EXPOSURE, RUIN, account_step
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.panel import Split
 from envs.synthetic import load_market
-from envs.vector import MarketEnv, MarketVectorEnv, uniform
+from envs.vector import MarketEnv, MarketVectorEnv, begin_episode
 
 ABSOLUTE, DELTA, HYBRID = 0, 1, 2
 ACTIONS = {"absolute": ABSOLUTE, "delta": DELTA, "hybrid": HYBRID}
@@ -103,28 +103,7 @@ def observe(i, m, p, s, record, mask, obs):
 def reset_one(i, m, p, state, weights, record, mask, obs):
     """Begin an episode in market i: a random window of the split, or, without random_start, range i from its start."""
     s = state[i]
-    ranges = len(m.starts)
-    if p.random_start:
-        shortest = max(1, p.episode_length)
-        total = 0
-        for r in range(ranges):
-            total += max(1, m.stops[r] - m.starts[r] - shortest)
-        pick = int(uniform(s.key, s.counter) * total)
-        s.counter += np.uint64(1)
-        for r in range(ranges):
-            choices = max(1, m.stops[r] - m.starts[r] - shortest)
-            if pick < choices:
-                break
-            pick -= choices
-    else:
-        r, pick = i % ranges, 0
-    s.t = m.starts[r] + pick
-    s.stop = m.stops[r]
-    if p.episode_length > 0:
-        s.stop = min(s.stop, s.t + p.episode_length + 1)
-    s.length = 0
-    s.equity = 1.0
-    s.peak = 1.0
+    begin_episode(i, m.starts, m.stops, p.episode_length, p.random_start, s)
     s.lookback = _fallback(m.valid, s.t, min(max(p.initial, p.lowest), p.highest))
     weights[i, :] = 0.0
     observe(i, m, p, s, record, mask, obs)
@@ -257,18 +236,10 @@ class LeadLagVectorEnv(MarketVectorEnv):
             data = LeadLagData(load_market(data, market_seed), LeadLagConfig(**config))
         elif config:
             raise ValueError(f"{sorted(config)}: expected none of LeadLagConfig's fields beside a LeadLagData")
-        if isinstance(split, str):
-            splits = data.panel.split()
-            if split not in splits:
-                raise ValueError(f"split={split!r}: expected one of {sorted(splits)} or a Split")
-            split = splits[split]
         if actions not in ACTIONS:
             raise ValueError(f"actions={actions!r}: expected one of {sorted(ACTIONS)}")
-        if episode_length < 0:
-            raise ValueError(f"episode_length={episode_length}: expected 0 or more bars")
         self.data, self.actions = data, actions
         count = len(data.lookbacks)
-        self.episode_length, self.random_start = episode_length, random_start
         self.max_jump = max_jump if max_jump > 0 else count
         self.reward_weights = {"log_growth": 1.0} | dict.fromkeys(COMPONENTS[1:], 0.0) | (reward_weights or {})
         if set(self.reward_weights) != set(COMPONENTS):
@@ -283,10 +254,11 @@ class LeadLagVectorEnv(MarketVectorEnv):
         self.steps = 0  # calls of step, for curriculum and annealing
         number = {"absolute": count, "delta": 3, "hybrid": count + 3}[actions]
         super().__init__(
-            num_envs, split, data.panel.num_symbols, data.observation_size, gym.spaces.Discrete(number), number,
-            [("lookback", np.int64), ("previous", np.int64)], num_threads,
+            num_envs, data.panel, split, data.observation_size, gym.spaces.Discrete(number), episode_length, random_start,
+            extra_state=[("lookback", np.int64), ("previous", np.int64)], memory_size=data.panel.num_symbols,
+            choice=np.zeros(num_envs, np.int64), num_masked=number, num_threads=num_threads,
         )  # fmt: skip
-        self._market = data.market(split)
+        self._market = data.market(self.split)
 
     def _parameters(self) -> Parameters:
         last = len(self.data.lookbacks) - 1

@@ -30,7 +30,7 @@ class Histories:
     test: int = 20
 
     def __post_init__(self):
-        for key, least in (("assets", 2), ("bars", 300), ("train", 1), ("val", 1), ("test", 1)):
+        for key, least in (("assets", 1), ("bars", 300), ("train", 1), ("val", 1), ("test", 1)):
             if getattr(self, key) < least:
                 raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {least}")
 
@@ -77,7 +77,7 @@ class LeadLag(Histories):
             )
 
     def draw(self, rng: np.random.Generator):
-        """Overnight and intraday log returns (bars, assets), and the truth by name."""
+        """Overnight and intraday log returns (bars, assets); the truth by name; extra series that agents see, by name."""
         overnight = OVERNIGHT * rng.standard_normal((self.bars, self.assets))
         intraday = INTRADAY * rng.standard_normal((self.bars, self.assets))
         orders = np.argsort(rng.random((self.bars, self.assets)), axis=1)
@@ -86,7 +86,7 @@ class LeadLag(Histories):
             (self.beta_slow, self.beta_fast), (self.vol_slow, self.vol_fast), (self.life_slow, self.life_fast),
             self.retrace, self.regime_bars,
         )  # fmt: skip
-        return overnight, intraday, {"regime": regime, "expected_return": expected}
+        return overnight, intraday, {"regime": regime, "expected_return": expected}, {}
 
 
 @njit(cache=True, error_model="numpy")
@@ -145,10 +145,77 @@ class Noise(Histories):
         # simple returns, not log returns, must have mean 0
         overnight -= 0.5 * (self.vol * OVERNIGHT) ** 2
         intraday -= 0.5 * (self.vol * INTRADAY) ** 2
-        return overnight, intraday, {}
+        return overnight, intraday, {}, {}
 
 
-MARKETS = {"leadlag": LeadLag, "noise": Noise}
+@dataclass(frozen=True)
+class GarleanuPedersen(Histories):
+    """Returns that are predictable for a while, to be traded against quadratic costs (Garleanu & Pedersen 2013).
+
+    Symbol i's simple return of bar t+1 is factor f_i(t), known at the close of bar t, plus noise; f_i reverts to 0 by the
+    share `reversion` a bar, slow for the even symbols, fast for the odd ones. No gaps: a bar opens where the last one closed.
+    The factor is the panel's extra series "factor".
+    """
+
+    assets: int = 4
+    vol: float = 0.01
+    strength: float = 0.2  # standard deviation of the factor, in units of vol
+    reversion_slow: float = 0.03
+    reversion_fast: float = 0.2
+
+    def __post_init__(self):
+        Histories.__post_init__(self)
+        for key in ("vol", "strength"):
+            if not 0 < getattr(self, key) < 1:
+                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected a number between 0 and 1")
+        for key in ("reversion_slow", "reversion_fast"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected a number in (0, 1]")
+
+    def draw(self, rng: np.random.Generator):
+        shape = (self.bars, self.assets)
+        reversion = np.resize([self.reversion_slow, self.reversion_fast], self.assets)
+        factor = rng.standard_normal(shape)
+        factor[1:] *= np.sqrt(1.0 - (1.0 - reversion) ** 2)
+        for t in range(1, self.bars):
+            factor[t] += (1.0 - reversion) * factor[t - 1]
+        factor *= self.strength * self.vol
+        expected = np.concatenate([np.zeros((1, self.assets)), factor[:-1]])
+        returns = np.maximum(expected + self.vol * rng.standard_normal(shape), -0.99)
+        hidden = {"expected_return": expected, "reversion": np.tile(reversion, (self.bars, 1))}
+        hidden["volatility"] = np.full(shape, self.vol)
+        return np.zeros(shape), np.log1p(returns), hidden, {"factor": factor}
+
+
+@dataclass(frozen=True)
+class Merton(Histories):
+    """Geometric Brownian motion without gaps: the best weight is the Merton fraction, drift / (risk aversion * vol^2).
+
+    The shocks of a history are standardised, so that its drift and volatility are the true ones: the standard error of a
+    drift estimated from T bars is vol / sqrt(T), and no agent could learn the fraction from realistically many.
+    """
+
+    assets: int = 1
+    drift: float = 0.006  # of the simple return per bar
+    vol: float = 0.1
+
+    def __post_init__(self):
+        Histories.__post_init__(self)
+        if not 0 < self.vol < 1:
+            raise ValueError(f"synthetic market: vol={self.vol}: expected a number between 0 and 1")
+        if not -1 < self.drift < 1:
+            raise ValueError(f"synthetic market: drift={self.drift}: expected a number between -1 and 1")
+
+    def draw(self, rng: np.random.Generator):
+        shape = (self.bars, self.assets)
+        shocks = rng.standard_normal(shape)
+        shocks = (shocks - shocks.mean(axis=0)) / shocks.std(axis=0)
+        returns = np.log1p(self.drift) - 0.5 * self.vol**2 + self.vol * shocks
+        hidden = {"expected_return": np.full(shape, self.drift), "volatility": np.full(shape, self.vol)}
+        return np.zeros(shape), returns, hidden, {}
+
+
+MARKETS = {"leadlag": LeadLag, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton}
 
 
 def make_panel(spec: str, seed: int = 0) -> Panel:
@@ -196,6 +263,7 @@ def make_panel(spec: str, seed: int = 0) -> Panel:
         segments=segments,
         segment_split=tuple(labels),
         hidden={key: np.concatenate([d[2][key] for d in drawn]) for key in drawn[0][2]},
+        extras={key: np.concatenate([d[3][key] for d in drawn]) for key in drawn[0][3]},
         timezone=None,
     )
 

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode
 from numba import njit, set_num_threads
 
 from envs.costs import RECORD
-from envs.panel import Split
+from envs.panel import Panel, Split
 
 PARALLEL_FROM = 32  # markets; below, starting threads costs more than they save
 
@@ -52,6 +52,35 @@ def uniform(key, counter):
     return np.float64(bits >> _S11) * _TO_UNIT
 
 
+@njit(cache=True, error_model="numpy", forceinline=True)
+def begin_episode(i, starts, stops, episode_length, random_start, s):
+    """Put market i's state `s` at the start of a random window of a split, or, without random_start, of range i modulo R.
+
+    starts, stops (R,): first row at which a decision can be taken, and end, of each range.
+    """
+    ranges = len(starts)
+    r, pick = i % ranges, 0
+    if random_start:
+        shortest = max(1, episode_length)
+        total = 0
+        for q in range(ranges):
+            total += max(1, stops[q] - starts[q] - shortest)
+        pick = int(uniform(s.key, s.counter) * total)
+        s.counter += np.uint64(1)
+        for r in range(ranges):
+            choices = max(1, stops[r] - starts[r] - shortest)
+            if pick < choices:
+                break
+            pick -= choices
+    s.t = starts[r] + pick
+    s.stop = stops[r]
+    if episode_length > 0:
+        s.stop = min(s.stop, s.t + episode_length + 1)
+    s.length = 0
+    s.equity = 1.0
+    s.peak = 1.0
+
+
 class Buffers(NamedTuple):
     """What kernels write, one row a market."""
 
@@ -65,16 +94,19 @@ class Buffers(NamedTuple):
     record: np.ndarray  # (n, len(RECORD)) float64: accounting of the step
     components: np.ndarray  # (n, C) float64: reward components of the step, unweighted
     row: np.ndarray  # (n,) int64: row of the panel at which the action was decided
-    choice: np.ndarray  # (n,) int64: what the environment made of the action (LeadLag-v0: the lookback ordered)
+    choice: np.ndarray  # (n, ...): what the environment made of the action (LeadLag-v0: the lookback; Portfolio-v0: weights)
+    scratch: np.ndarray  # (n, ...) float64: for kernels to work in
 
 
 class MarketVectorEnv(gym.vector.VectorEnv):
     """Base of the vectorised markets. Subclasses set `component_names`, call `__init__`, and define `_market` (read-only
     arrays), `_parameters()` (scalars that may change between steps) and the loops `_reset_loops`, `_step_loops`:
-    pairs (serial, parallel) of functions (market, parameters, state, weights, [actions,] buffers).
+    pairs (serial, parallel) of functions (market, parameters, state, memory, [actions,] buffers). `memory` (n, M) float64 is
+    what a market remembers besides its scalars, its weights first.
     """
 
     component_names: tuple[str, ...] = ("log_growth",)
+    ledger_columns: tuple[str, ...] = ()  # components that a backtest keeps in its ledger
     _reset_loops: tuple
     _step_loops: tuple
     _market: tuple
@@ -82,16 +114,29 @@ class MarketVectorEnv(gym.vector.VectorEnv):
     def __init__(
         self,
         num_envs: int,
-        split: Split,
-        num_symbols: int,
+        panel: Panel,
+        split: Split | str,
         observation_size: int,
         action_space: gym.Space,
-        num_masked: int,
+        episode_length: int,
+        random_start: bool,
         extra_state: list,
+        memory_size: int,
+        choice: np.ndarray,
+        scratch: tuple[int, ...] = (0,),
+        num_masked: int = 0,
         num_threads: int | None = None,
     ):
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}: expected at least 1")
+        if isinstance(split, str):
+            splits = panel.split()
+            if split not in splits:
+                raise ValueError(f"split={split!r}: expected one of {sorted(splits)} or a Split")
+            split = splits[split]
+        if episode_length < 0:
+            raise ValueError(f"episode_length={episode_length}: expected 0 or more bars")
+        self.episode_length, self.random_start = episode_length, random_start
         self.num_envs = num_envs
         self.split = split
         self.metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -105,7 +150,7 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         # arrays are not reference-counted.
         self.parallel = num_envs >= PARALLEL_FROM
         self._state = np.zeros(num_envs, dtype=STATE + extra_state).view(np.recarray)
-        self._weights = np.zeros((num_envs, num_symbols))
+        self._memory = np.zeros((num_envs, memory_size))
         self._buffers = Buffers(
             obs=np.zeros((num_envs, observation_size), np.float32),
             final_obs=np.zeros((num_envs, observation_size), np.float32),
@@ -117,7 +162,8 @@ class MarketVectorEnv(gym.vector.VectorEnv):
             record=np.zeros((num_envs, len(RECORD))),
             components=np.zeros((num_envs, len(self.component_names))),
             row=np.zeros(num_envs, np.int64),
-            choice=np.zeros(num_envs, np.int64),
+            choice=choice,
+            scratch=np.zeros((num_envs, *scratch)),
         )
         self._ready = False
 
@@ -127,7 +173,7 @@ class MarketVectorEnv(gym.vector.VectorEnv):
     def _run(self, loops, *args):
         if self.parallel:
             set_num_threads(self.num_threads)
-        loops[self.parallel](self._market, self._parameters(), self._state, self._weights, *args)
+        loops[self.parallel](self._market, self._parameters(), self._state, self._memory, *args)
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None):
         """Start a new episode in every market; returns (obs (n, D) float32, infos).
@@ -202,11 +248,11 @@ class MarketVectorEnv(gym.vector.VectorEnv):
     def get_state(self) -> dict[str, np.ndarray]:
         """Everything that a later `set_state` on an env made with the same arguments needs to go on bit for bit."""
         b = self._buffers
-        return {"state": self._state.view(np.uint8).copy(), "weights": self._weights.copy(), "mask": b.mask.copy()}
+        return {"state": self._state.view(np.uint8).copy(), "memory": self._memory.copy(), "mask": b.mask.copy()}
 
     def set_state(self, state: dict[str, np.ndarray]):
         self._state.view(np.uint8)[:] = state["state"]
-        self._weights[:] = state["weights"]
+        self._memory[:] = state["memory"]
         self._buffers.mask[:] = state["mask"]
         self._ready = True
 

@@ -175,7 +175,7 @@ def kernel_trace(data: LeadLagData, target: str, actions: str, num_envs: int = 6
         env.step(row)
         for name, values in env._buffers._asdict().items():
             log[name].append(values.copy())
-        log["weights"].append(env._weights.copy())
+        log["weights"].append(env._memory.copy())
         for name in env._state.dtype.names:
             log[f"state_{name}"].append(env._state[name].copy())
     return {name: np.stack(values) for name, values in log.items()}

@@ -1,0 +1,581 @@
+"""Continuous PPO (Schulman et al. 2017, arXiv:1707.06347) that learns the weights of a portfolio under constraints."""
+
+import dataclasses
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Threads that wait spin only briefly: with libgomp's default one busy neighbour makes training ten times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic matrix products are refused on CUDA
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.vector import AutoresetMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs  # noqa: F401  (registers Portfolio-v0)
+from envs import ledger, portfolio_references
+from envs.portfolio import RegimeGuard
+from envs.portfolio_tables import PortfolioConfig, PortfolioData
+from envs.synthetic import load_market
+
+MARKET_ENV = "Portfolio-v0"
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the run; the script's by default"""
+    seed: int = 1
+    """seed of the networks, the episodes and, on synthetic markets, of the panel"""
+    torch_deterministic: bool = True
+    """use deterministic algorithms, so that the same seed on the same machine gives the same bits"""
+    cuda: bool = True
+    """run the networks on a GPU where there is one"""
+    num_threads: int = 0
+    """CPU threads of torch and of the market kernels (0: all cores this process may use)"""
+    track: bool = False
+    """log to Weights and Biases too"""
+    wandb_project_name: str = "cleanmarkets"
+    """project of Weights and Biases"""
+    wandb_entity: str | None = None
+    """entity (team) of Weights and Biases"""
+    runs_dir: str = "runs"
+    """folder that the run directory is made in"""
+    resume: str | None = None
+    """run directory to go on with, under the arguments saved there"""
+    checkpoint_every: int = 20
+    """iterations between two checkpoints (model.pt)"""
+
+    env_id: str = MARKET_ENV
+    """Portfolio-v0, or any Gymnasium id with vector observations and continuous actions, to check the algorithm itself"""
+    market: str = "synthetic:garleanu-pedersen"
+    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]; see KNOWN below for two of them"""
+    symbols: tuple[str, ...] = ()
+    """symbols of the market to keep (all by default)"""
+    start: str | None = None
+    """first date of the panel"""
+    end: str | None = None
+    """last date of the panel"""
+    resample: str | None = None
+    """coarser bars, such as 1D from hourly data"""
+    columns: tuple[str, ...] = ()
+    """extra columns of the market's file that the agent sees, such as forecasts"""
+    series: str | None = None
+    """Parquet or CSV file of more input series, by time of publication (and symbol)"""
+    series_lag: int = 1
+    """bars between a publication and the first bar that sees it"""
+    train_fraction: float = 0.6
+    """share of the bars used to train (synthetic markets bring histories of their own for each split)"""
+    val_fraction: float = 0.2
+    """share of the bars used to choose the model; the rest is the test"""
+    embargo: int = 5
+    """bars dropped between two splits"""
+    folds: int = 0
+    """walk-forward folds instead of one split (0: none); the script runs one of them, `fold`"""
+    fold: int = 0
+    """which fold, from 0"""
+    portfolio: PortfolioConfig = field(default_factory=PortfolioConfig)
+    """costs, fill and constraints"""
+    guard: RegimeGuard = field(default_factory=RegimeGuard)
+    """rules that change orders; with any of them on, the report compares the agent with and without them"""
+    episode_length: int = 256
+    """bars in a training episode, which starts at a random bar"""
+    reward: str = "growth"
+    """growth (net log growth) or sharpe (differential Sharpe ratio)"""
+    penalty_turnover: float = 0.0
+    """penalty on the turnover"""
+    penalty_drawdown: float = 0.0
+    """penalty on the drawdown"""
+    penalty_cvar: float = 0.0
+    """penalty on the conditional value at risk of the worst --cvar-alpha of bars"""
+    penalty_variance: float = 0.0
+    """penalty on the squared net return; with log growth the relative risk aversion is 1 + 2 * this"""
+    cvar_alpha: float = 0.05
+    """share of bars that count as the tail"""
+
+    total_timesteps: int = 8_000_000
+    """steps of all markets together"""
+    num_envs: int = 1024
+    """markets that run at once"""
+    num_steps: int = 32
+    """bars per market and rollout"""
+    learning_rate: float = 1e-3
+    """learning rate of Adam"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to 0"""
+    gamma: float = 0.9
+    """discount factor"""
+    gae_lambda: float = 0.9
+    """lambda of generalised advantage estimation"""
+    num_minibatches: int = 4
+    """minibatches per epoch"""
+    update_epochs: int = 1
+    """passes over each rollout; where noise outweighs the signal, new bars teach more than old ones"""
+    norm_adv: bool = True
+    """standardise advantages per minibatch"""
+    clip_coef: float = 0.2
+    """clipping of the probability ratio"""
+    clip_vloss: bool = False
+    """clip the value loss too"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    log_std: float = -1.0
+    """logarithm of the policy's standard deviation at the start, in scores"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """end an update once a minibatch's approximate KL exceeds this"""
+    reward_scale: float = 100.0
+    """factor on the rewards that the critic sees"""
+    eval_every: int = 20
+    """iterations between two backtests on the validation split"""
+    patience: int = 0
+    """stop after so many of them without a better score (0: never); the best model is kept in any case"""
+
+
+# What changes for markets whose best policy is known: the terms that its derivation assumes.
+KNOWN = {
+    "synthetic:garleanu-pedersen": dict(
+        portfolio=PortfolioConfig(
+            costs="zero:quadratic_impact_bps=75", constraints="long_short", gross=10.0, asset_cap=10.0, scale=0.5
+        ),
+        penalty_variance=19.5,
+    ),
+    "synthetic:merton": dict(
+        portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5),
+    ),
+}  # fmt: skip
+
+# What changes for --env-id: the settings of rl-zoo for Pendulum-v1.
+CLASSIC_CONTROL = dict(
+    total_timesteps=100_000, num_envs=4, num_steps=1024, learning_rate=1e-3, gamma=0.9, gae_lambda=0.95, num_minibatches=64,
+    update_epochs=10, reward_scale=0.1, log_std=0.0, num_threads=1, anneal_lr=False,
+)  # fmt: skip
+
+
+class RunningNorm(nn.Module):
+    """Standardises observations by the mean and variance of all seen so far; part of the model, saved with it."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+
+    def update(self, x):
+        centred = x.double() - self.mean
+        delta, total = centred.mean(dim=0), self.count + len(x)
+        var = centred.square_().mean(dim=0) - delta**2
+        self.var.copy_((self.var * self.count + var * len(x) + delta**2 * self.count * len(x) / total) / total)
+        self.mean.add_(delta * len(x) / total)
+        self.count.copy_(total)
+
+    def forward(self, x):
+        scale = (self.var + 1e-8).rsqrt()
+        return torch.addcmul((-self.mean * scale).float(), x, scale.float()).clamp_(-10.0, 10.0)
+
+
+def layer_init(layer, std=np.sqrt(2)):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class FastTanh(torch.autograd.Function):
+    """tanh(x) = 2 sigmoid(2x) - 1: on a CPU torch's sigmoid takes a tenth of the time of its tanh."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = (2.0 * x).sigmoid_().mul_(2.0).sub_(1.0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.aten.tanh_backward(grad, ctx.saved_tensors[0])
+
+
+class Tanh(nn.Module):
+    def forward(self, x):
+        return FastTanh.apply(x)
+
+
+class Agent(nn.Module):
+    def __init__(self, obs_size, num_actions, log_std):
+        super().__init__()
+        self.norm = RunningNorm(obs_size)
+        self.critic = nn.Sequential(
+            layer_init(nn.Linear(obs_size, 64)), Tanh(), layer_init(nn.Linear(64, 64)), Tanh(),
+            layer_init(nn.Linear(64, 1), std=1.0),
+        )  # fmt: skip
+        self.actor = nn.Sequential(
+            layer_init(nn.Linear(obs_size, 64)), Tanh(), layer_init(nn.Linear(64, 64)), Tanh(),
+            layer_init(nn.Linear(64, num_actions), std=0.01),
+        )  # fmt: skip
+        self.log_std = nn.Parameter(torch.full((num_actions,), log_std))
+
+    def log_prob(self, mean, action):
+        """(n,) log-density of actions (n, A) given the policy's mean; the standard deviation does not depend on the state."""
+        z = (action - mean) * (-self.log_std).exp()
+        return -0.5 * z.square().sum(1) - (self.log_std + 0.5 * np.log(2 * np.pi)).sum()
+
+    def entropy(self):
+        return (self.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
+
+    def value(self, x):
+        return self.critic(x).squeeze(1)
+
+
+def make_envs(args, splits, options):
+    """Training environments: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
+    if args.env_id != MARKET_ENV:
+        return gym.make_vec(
+            args.env_id, args.num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
+        )
+    return gym.make_vec(MARKET_ENV, args.num_envs, split=splits["train"], episode_length=args.episode_length, **options)
+
+
+def save_checkpoint(path, content):
+    """Written beside and moved into place: a kill at any moment leaves the previous checkpoint or this one."""
+    torch.save(content, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, config=(tyro.conf.OmitArgPrefixes,))
+    if args.env_id != MARKET_ENV:
+        args = tyro.cli(Args, default=dataclasses.replace(Args(), **CLASSIC_CONTROL), config=(tyro.conf.OmitArgPrefixes,))
+    for market, settings in KNOWN.items():
+        if args.env_id == MARKET_ENV and args.market.startswith(market):
+            args = tyro.cli(Args, default=dataclasses.replace(Args(), **settings), config=(tyro.conf.OmitArgPrefixes,))
+    checkpoint = None
+    if args.resume:
+        run_dir = Path(args.resume)
+        if not (run_dir / "model.pt").is_file():
+            sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
+        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        saved = checkpoint["args"]
+        nested = {"portfolio": PortfolioConfig(**saved["portfolio"]), "guard": RegimeGuard(**saved["guard"])}
+        args = Args(**{**saved, **nested, "resume": args.resume})
+    for flag in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every"):
+        if getattr(args, flag) < 1:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if args.reward not in ("growth", "sharpe"):
+        sys.exit(f"--reward {args.reward}: expected growth or sharpe")
+    is_market = args.env_id == MARKET_ENV
+    args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
+    batch_size = args.num_envs * args.num_steps
+    minibatch_size = batch_size // args.num_minibatches
+    num_iterations = max(1, args.total_timesteps // batch_size)
+    if args.num_minibatches > batch_size:
+        sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {batch_size}, the steps of a rollout")
+
+    # Seed, threads, device
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.set_num_threads(args.num_threads)
+    risk_aversion = 1.0 + 2.0 * args.penalty_variance
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    # Market: panel, splits, tables; what is wrong with them is said in one line
+    data, splits, env_options = None, None, None
+    try:
+        if is_market:
+            panel = load_market(
+                args.market, args.seed, symbols=args.symbols or None, start=args.start, end=args.end, resample=args.resample,
+                columns=args.columns, series=args.series, series_lag=args.series_lag,
+            )  # fmt: skip
+            if args.folds:
+                if not 0 <= args.fold < args.folds:
+                    raise ValueError(f"--fold {args.fold}: expected 0 to {args.folds - 1}, for --folds {args.folds}")
+                splits = panel.walk_forward(args.folds, val_fraction=args.val_fraction, embargo=args.embargo)[args.fold]
+            else:
+                splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
+            data = PortfolioData(panel, args.portfolio)
+            weights = {"log_growth": float(args.reward == "growth"), "differential_sharpe": float(args.reward == "sharpe")}
+            weights |= {name: getattr(args, f"penalty_{name}") for name in ("turnover", "drawdown", "cvar", "variance")}
+            env_options = dict(
+                data=data, guard=args.guard, reward_weights=weights, cvar_alpha=args.cvar_alpha, num_threads=args.num_threads
+            )
+            print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
+            print(f"costs   {data.costs.describe()}")
+        train_envs = make_envs(args, splits, env_options)
+        if not isinstance(train_envs.single_action_space, gym.spaces.Box):
+            raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected continuous actions")
+    except (ValueError, gym.error.Error) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    num_actions = int(np.prod(train_envs.single_action_space.shape))
+    lowest, highest = train_envs.single_action_space.low, train_envs.single_action_space.high
+    obs_size = int(np.prod(train_envs.single_observation_space.shape))
+    agent = Agent(obs_size, num_actions, args.log_std).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+
+    # Storage on the host: the market kernels write observations straight into it
+    obs = torch.zeros((args.num_steps + 1, args.num_envs, obs_size))
+    rewards = torch.zeros((args.num_steps, args.num_envs))
+    terminated, done = torch.zeros_like(rewards, dtype=torch.bool), torch.zeros_like(rewards, dtype=torch.bool)
+    x = torch.zeros((args.num_steps + 1, args.num_envs, obs_size), device=device)  # normalised observations
+    actions = torch.zeros((args.num_steps, args.num_envs, num_actions), device=device)
+    logprobs = torch.zeros((args.num_steps, args.num_envs), device=device)
+    advantages = torch.zeros_like(logprobs)
+    mb_x = torch.zeros((minibatch_size, obs_size), device=device)
+    mb_actions = torch.zeros((minibatch_size, num_actions), device=device)
+
+    # Start, or go on from the checkpoint
+    global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
+    best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
+    episode_return, recent_returns = np.zeros(args.num_envs), []
+    first_obs, _ = train_envs.reset(seed=args.seed)
+    obs[0] = torch.as_tensor(first_obs.reshape(args.num_envs, -1))
+    if checkpoint:
+        if not is_market:
+            sys.exit(f"--resume {args.resume}: {args.env_id} cannot save its state; expected a run of {MARKET_ENV}")
+        agent.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        train_envs.unwrapped.set_state({k: v.numpy() for k, v in checkpoint["envs"].items()})
+        obs[0] = checkpoint["obs"]
+        episode_return, recent_returns = checkpoint["episode_return"].numpy(), checkpoint["recent_returns"]
+        best_score, best_model = checkpoint["best_score"], checkpoint["best_model"]
+        first_iteration, evals_since_best = checkpoint["iteration"] + 1, checkpoint["evals_since_best"]
+        global_step, train_seconds = checkpoint["global_step"], checkpoint["train_seconds"]
+        print(f"resume  {run_dir} after iteration {checkpoint['iteration']}")
+    else:
+        run_dir = ledger.new_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)
+    run = {
+        "status": "running", "env_id": args.env_id, "args": dataclasses.asdict(args),
+        **ledger.provenance(__file__, str(device)), "trials": 1,
+    }  # fmt: skip
+    if is_market:
+        run |= {"panel": ledger.describe_panel(panel, splits), "market": data.describe()}
+    ledger.write_json(run_dir / "run.json", run)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, config=dataclasses.asdict(args), name=run_dir.name,
+            sync_tensorboard=True, save_code=True,
+        )  # fmt: skip
+    writer = SummaryWriter(run_dir, purge_step=global_step if checkpoint else None)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in dataclasses.asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+
+    def agent_policy(observation, *_):
+        with torch.no_grad():
+            return agent.actor(agent.norm(torch.as_tensor(observation).to(device))).cpu().numpy().clip(lowest, highest)
+
+    def backtest(split, **changes):
+        return portfolio_references.run(split=splits[split], policy=agent_policy, **{**env_options, **changes})
+
+    started, failure = time.time(), None
+    progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
+    for iteration in range(first_iteration, num_iterations + 1):
+        tick = time.perf_counter()
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+
+        # Rollout
+        finals, finished_returns = [], []
+        for step in range(args.num_steps):
+            with torch.no_grad():
+                x[step] = agent.norm(obs[step].to(device))
+                mean = agent.actor(x[step])
+                actions[step] = mean + agent.log_std.exp() * torch.randn_like(mean)  # kept as drawn: the market gets it clipped
+                logprobs[step] = agent.log_prob(mean, actions[step])
+            action = actions[step].cpu().numpy().clip(lowest, highest)
+            if is_market:
+                _, reward, term, trunc, infos = train_envs.step(action, out=obs[step + 1].numpy())
+            else:
+                next_obs, reward, term, trunc, infos = train_envs.step(action.reshape(train_envs.action_space.shape))
+                obs[step + 1] = torch.as_tensor(next_obs.reshape(args.num_envs, -1))
+            rewards[step] = torch.as_tensor(reward)
+            terminated[step] = torch.as_tensor(term)
+            over = term | trunc
+            done[step] = torch.as_tensor(over)
+            episode_return += reward
+            if over.any():
+                ended = np.flatnonzero(over)
+                finals.append((step, ended, np.stack(infos["final_obs"][ended]).reshape(len(ended), -1)))
+                finished_returns.extend(episode_return[ended].tolist())
+                episode_return[ended] = 0.0
+        global_step += batch_size
+        recent_returns = (recent_returns + finished_returns)[-100:]
+
+        # Advantages. A finished episode is followed by its own last observation, never by the first of the next one:
+        # V(final_obs) is bootstrapped where the window was cut (truncation), not where the account was ruined.
+        with torch.no_grad():
+            x[-1] = agent.norm(obs[-1].to(device))
+            values = agent.value(x.flatten(0, 1)).view(args.num_steps + 1, args.num_envs)
+            next_values = values[1:].clone()
+            if finals:
+                final_obs = torch.as_tensor(np.concatenate([f for _, _, f in finals]), dtype=torch.float32)
+                at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _ in finals]))
+                at_env = torch.as_tensor(np.concatenate([i for _, i, _ in finals]))
+                next_values[at_step, at_env] = agent.value(agent.norm(final_obs.to(device)))
+            deltas = args.reward_scale * rewards.to(device) - values[:-1]
+            deltas += args.gamma * next_values * ~terminated.to(device)
+            carry = args.gamma * args.gae_lambda * ~done.to(device)
+            running = torch.zeros(args.num_envs, device=device)
+            for step in reversed(range(args.num_steps)):
+                running = deltas[step] + carry[step] * running
+                advantages[step] = running
+            returns = advantages + values[:-1]
+
+        # Update
+        b_x, b_actions, b_logprobs = x[:-1].flatten(0, 1), actions.flatten(0, 1), logprobs.flatten()
+        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values[:-1].flatten()
+        statistics, updates = torch.zeros(5, device=device), 0
+        stop_update = False
+        for _ in range(args.update_epochs):
+            order = torch.randperm(batch_size).to(device)
+            for start in range(0, minibatch_size * args.num_minibatches, minibatch_size):
+                index = order[start : start + minibatch_size]
+                torch.index_select(b_x, 0, index, out=mb_x)
+                torch.index_select(b_actions, 0, index, out=mb_actions)
+                new_logprob = agent.log_prob(agent.actor(mb_x), mb_actions)
+                entropy = agent.entropy()
+                logratio = new_logprob - b_logprobs[index]
+                ratio = logratio.exp()
+
+                mb_advantages = b_advantages[index]
+                if args.norm_adv:
+                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped).mean()
+
+                new_value, old_value, target = agent.value(mb_x), b_values[index], b_returns[index]
+                v_loss = (new_value - target) ** 2
+                if args.clip_vloss:
+                    v_clipped = old_value + (new_value - old_value).clamp(-args.clip_coef, args.clip_coef)
+                    v_loss = torch.max(v_loss, (v_clipped - target) ** 2)
+                v_loss = 0.5 * v_loss.mean()
+
+                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+                optimizer.step()
+                with torch.no_grad():
+                    approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
+                    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                    statistics += torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction])
+                    updates += 1
+                if args.target_kl is not None and approx_kl.item() > args.target_kl:
+                    stop_update = True
+                    break
+            if stop_update:
+                break
+        agent.norm.update(obs[:-1].flatten(0, 1).to(device))  # after the update: the first ratio is exactly 1
+        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+        losses = dict(zip(names, (statistics / updates).tolist()))
+        train_seconds += time.perf_counter() - tick
+
+        # Fail-safe: stop cleanly, and say where
+        bad = [name for name, value in losses.items() if not np.isfinite(value)]
+        bad += [name for name, p in agent.named_parameters() if not torch.isfinite(p).all()]
+        if bad:
+            failure = f"diverged in iteration {iteration} (step {global_step}): {', '.join(bad)} not finite"
+            break
+
+        # Logging
+        sps = int(global_step / train_seconds)
+        explained = 1 - (b_returns - b_values).var() / b_returns.var()
+        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        writer.add_scalar("charts/SPS", sps, global_step)
+        writer.add_scalar("losses/explained_variance", explained.item(), global_step)
+        writer.add_scalar("losses/log_std", agent.log_std.mean().item(), global_step)
+        for name, value in losses.items():
+            writer.add_scalar(f"losses/{name}", value, global_step)
+        if finished_returns:
+            writer.add_scalar("charts/episodic_return", np.mean(finished_returns), global_step)
+        latest = f"{np.mean(recent_returns):.4g}" if recent_returns else "-"
+        progress.set_postfix_str(f"{sps} steps/s, return {latest}", refresh=False)
+        progress.update(batch_size)
+
+        # Validation: choose the model here, never on the test split
+        if is_market and (iteration % args.eval_every == 0 or iteration == num_iterations):
+            score = portfolio_references.utility(backtest("val"), risk_aversion, panel.bars_per_year)
+            writer.add_scalar("eval/val_utility", score, global_step)
+            evals_since_best += 1
+            if score > best_score:
+                best_score, evals_since_best = score, 0
+                best_model = {k: v.clone() for k, v in agent.state_dict().items()}
+        stop_early = args.patience > 0 and evals_since_best >= args.patience
+        if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
+            save_checkpoint(run_dir / "model.pt", {
+                "args": dataclasses.asdict(args), "iteration": num_iterations if stop_early else iteration,
+                "global_step": global_step, "train_seconds": train_seconds,
+                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+                "envs": {k: torch.as_tensor(v) for k, v in train_envs.unwrapped.get_state().items()} if is_market else None,
+                "obs": obs[-1], "episode_return": torch.as_tensor(episode_return),
+                "recent_returns": recent_returns, "best_score": best_score, "best_model": best_model,
+                "evals_since_best": evals_since_best,
+            })  # fmt: skip
+        if stop_early:
+            print(f"\nstopped early: no better validation score in {evals_since_best} backtests")
+            break
+        obs[0] = obs[-1]
+    progress.close()
+    writer.close()
+
+    # Final report: the chosen model on every split; the test split is read here for the first and only time
+    run |= {
+        "status": "failed" if failure else "finished", "failure": failure, "env_steps": global_step,
+        "train_seconds": train_seconds, "wall_clock": time.time() - started, "sps": global_step / max(train_seconds, 1e-9),
+        "last_100_returns": float(np.mean(recent_returns)) if recent_returns else None, "val_utility": best_score,
+    }  # fmt: skip
+    if failure:
+        ledger.write_json(run_dir / "run.json", run)
+        sys.exit(f"{failure}; the last good checkpoint, if any, is in {run_dir}")
+    if is_market:
+        agent.load_state_dict(best_model)
+        frames = {split: backtest(split) for split in splits}
+        ledger.write_ledger(run_dir / "ledger.parquet", pd.concat(frames.values(), ignore_index=True))
+        compared = {"agent": frames["test"], **portfolio_references.references(data, splits["test"], risk_aversion)}
+        if args.guard.active:
+            compared["without guard"] = backtest("test", guard=RegimeGuard())
+        scores = {name: ledger.summarise(frame, panel.bars_per_year) for name, frame in compared.items()}
+        run["scores"] = {"test": scores} | {
+            split: {"agent": ledger.summarise(frames[split], panel.bars_per_year, resamples=0)} for split in ("train", "val")
+        }
+        for name, frame in compared.items():
+            scores[name]["utility"] = portfolio_references.utility(frame, risk_aversion, panel.bars_per_year)
+        print(f"\ntest split, after costs, per year ({scores['agent']['bars']} bars; {scores['agent']['bootstrap']})")
+        print(f"{'':16}{'Sharpe':>7}  {'95% interval':<16}{'growth':>8}{'utility':>9}{'drawdown':>10}", end="")
+        print(f"{'turnover':>10}{'cost':>8}{'gross':>7}")
+        for name, s in scores.items():
+            interval = f"[{s['sharpe_low']:.2f}, {s['sharpe_high']:.2f}]"
+            print(f"{name:16}{s['sharpe']:7.2f}  {interval:<16}{s['growth']:8.1%}{s['utility']:9.1%}", end="")
+            print(f"{s['max_drawdown']:10.1%}{s['turnover']:9.0f}x{s['cost']:8.1%}{s['gross_exposure']:7.2f}")
+        if "closed form" in scores:
+            run["utility_share"] = scores["agent"]["utility"] / scores["closed form"]["utility"]
+            weight, best = (compared[name]["net_exposure"].mean() for name in ("agent", "closed form"))
+            print(f"utility at risk aversion {risk_aversion:g} is {run['utility_share']:.3f} of the closed form's; ", end="")
+            print(f"mean net exposure {weight:.3f}, closed form {best:.3f}")
+        if args.guard.active:
+            gain, low, high, how = ledger.difference(frames["test"], compared["without guard"], panel.bars_per_year)
+            hits = {name: float(frames["test"][name].mean()) for name in args.guard.active}
+            run["guard"] = {"growth_gained": gain, "low": low, "high": high, "bootstrap": how, "hit_rates": hits}
+            fired = ", ".join(f"{name} {rate:.1%}" for name, rate in hits.items())
+            print(f"guard: growth {gain:+.2%} a year against none, 95% interval [{low:.2%}, {high:.2%}] ({how})")
+            print(f"guard fired on test bars: {fired}")
+    else:
+        print(f"\nmean return of the last {len(recent_returns)} episodes: {latest}")
+    ledger.write_json(run_dir / "run.json", run)
+    print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")
+    if args.track:
+        wandb.finish()
