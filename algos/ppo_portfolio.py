@@ -147,12 +147,13 @@ class Args:
 KNOWN = {
     "synthetic:garleanu-pedersen": dict(
         portfolio=PortfolioConfig(
-            costs="zero:quadratic_impact_bps=75", constraints="long_short", gross=10.0, asset_cap=10.0, scale=0.5
+            costs="zero:quadratic_impact_bps=75", constraints="long_short", orders="change", gross=10.0, asset_cap=10.0, scale=0.5
         ),
         penalty_variance=19.5,
     ),
     "synthetic:merton": dict(
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5),
+        gamma=0.0,
     ),
 }  # fmt: skip
 

@@ -74,6 +74,8 @@ class Panel:
     segment_split: S labels "train", "val" or "test", or None.
     hidden: the truth of a synthetic market, never shown to an agent; axis 0 of length T follows rows and then axis 1
         of length N follows symbols when the panel is cut; other arrays are kept whole.
+    extras: named input series besides prices, such as forecasts: (T, N) or (T,) float64; row t is known at the close of
+        bar t, NaN where nothing is known yet.
     timezone: "UTC" if the source named a time zone (times are converted), None if it did not.
 
     Raises PanelError, naming the symbol and the 0-based panel row, if any of this does not hold, if a price is not
@@ -92,6 +94,7 @@ class Panel:
     segment_split: tuple[str, ...] | None = None
     hidden: dict[str, np.ndarray] = field(default_factory=dict)
     timezone: str | None = None
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         symbols = self.symbols
@@ -110,6 +113,17 @@ class Panel:
                 found = f"{array.dtype} {array.shape}{'' if array.flags.c_contiguous else ' not contiguous'}"
                 raise PanelError(f"{self.name}: {key} is {found}, expected C-contiguous {np.dtype(dtype)} {shape}")
             object.__setattr__(self, key, _read_only(array))
+
+        extras = {}
+        for name, values in self.extras.items():
+            shape = (num_bars, len(symbols))[: max(1, np.ndim(values))]
+            if np.shape(values) != shape or values.dtype != np.float64 or np.isinf(values).any():
+                found = f"{values.dtype} {np.shape(values)}{' with infinite values' if np.isinf(values).any() else ''}"
+                raise PanelError(
+                    f"{self.name}: extra series {name!r} is {found}, expected float64 {shape} or ({num_bars},), finite or NaN"
+                )
+            extras[name] = _read_only(np.ascontiguousarray(values))
+        object.__setattr__(self, "extras", extras)
 
         lengths = np.diff(self.segments, append=num_bars)
         if len(lengths) == 0 or self.segments[0] != 0 or lengths.min() < 2:
@@ -185,12 +199,15 @@ class Panel:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest over symbols, timestamps, every field and segments; not over the name."""
+        """Hex digest over symbols, timestamps, every field, segments and extra series; not over the name."""
         digest = hashlib.sha256(json.dumps([self.symbols, list(self.fields)]).encode())
         digest.update(self.timestamps.astype("<i8").tobytes())
         digest.update(self.segments.astype("<i8").tobytes())
         for values in self.fields.values():
             digest.update(np.where(self.present, values, np.nan).astype("<f8", copy=False).tobytes())  # one bit pattern
+        for name, values in self.extras.items():
+            digest.update(json.dumps([name, values.ndim]).encode())
+            digest.update(np.where(np.isnan(values), np.nan, values).astype("<f8", copy=False).tobytes())
         return digest.hexdigest()
 
     def filled(self, field: str) -> np.ndarray:
@@ -252,6 +269,7 @@ class Panel:
             segment_split=self.segment_split and tuple(self.segment_split[k] for k in kept),
             hidden={key: self._cut(array, rows, columns) for key, array in self.hidden.items()},
             timezone=self.timezone,
+            extras={name: self._cut(array, rows, columns) for name, array in self.extras.items()},
         )
 
     def resample(self, rule: str) -> "Panel":
@@ -302,6 +320,7 @@ class Panel:
             segments=segments - np.append(0, np.cumsum(~some))[segments],
             segment_split=self.segment_split,
             timezone=self.timezone,
+            extras={name: values[last][some] for name, values in self.extras.items()},
         )
 
     def split(self, train: float = 0.6, val: float = 0.2, embargo: int = 0) -> dict[str, Split]:

@@ -158,6 +158,7 @@ class GarleanuPedersen(Histories):
     """
 
     assets: int = 4
+    train: int = 100
     vol: float = 0.01
     strength: float = 0.2  # standard deviation of the factor, in units of vol
     reversion_slow: float = 0.03
@@ -196,6 +197,7 @@ class Merton(Histories):
     """
 
     assets: int = 1
+    train: int = 100
     drift: float = 0.006  # of the simple return per bar
     vol: float = 0.1
 
@@ -275,7 +277,7 @@ def load_market(spec: str, seed: int = 0, **selection) -> Panel:
     """
     if not spec.startswith("synthetic:"):
         return load_panel(spec, **selection)
-    given = [key for key, value in selection.items() if value]
+    given = [key for key, value in selection.items() if value and key != "series_lag"]
     if given:
         raise PanelError(f"--market {spec}: a synthetic market takes no --{given[0]}; expected key=value options in its name")
     return make_panel(spec, seed)
