@@ -191,7 +191,7 @@ def _open_table(path: Path, series: bool = False) -> _Table:
     named = {_key(column): column for column in reversed(columns)}
     names = (PUBLISHED, *TIME_NAMES) if series else TIME_NAMES
     times = sorted((c for c in columns if _key(c) in names), key=lambda c: names.index(_key(c)))
-    if series and (not times or (len(times) > 1 and _key(times[0]) != PUBLISHED)):
+    if series and len([c for c in times if _key(c) == PUBLISHED] or times) != 1:
         raise PanelError(f"{path}: time columns are {times} of {columns}, expected {PUBLISHED!r} or one of {TIME_NAMES}")
     time, is_named = (times or columns)[0], bool(times)
     data = [c for c in columns if not (is_named and c in ROW_NUMBERS) and not (series and c in times)]

@@ -261,6 +261,10 @@ def test_columns_and_series_together_in_utc(tmp_path):
 SERIES_ERRORS = {
     "no time": ("day,x\n2020-01-01,1\n", ["s.csv", "time columns are []", "'day', 'x'", "'published'", "timestamp"]),
     "two times": ("date,time,x\n2020-01-01,2020-01-01,1\n", ["s.csv", "time columns are", "'date', 'time'", "'published'"]),
+    "published twice": (
+        "Published,published\n2020-01-01,2020-01-01\n",
+        ["s.csv", "time columns are", "'Published', 'published'"],
+    ),
     "no series": ("published,date,symbol\n2020-01-01,2020-01-01,A\n", ["s.csv", "no series besides 'published'"]),
     "header only": ("published,x\n", ["s.csv", "header only"]),
     "bad time": ("published,x\n2020-01-01,1\nsoon,1\n", ["s.csv", "'published'", "data row 2", "'soon'", "ISO"]),
