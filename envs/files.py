@@ -56,7 +56,7 @@ def load_panel(
     path = Path(spec).expanduser()
     if isinstance(columns, str):
         raise PanelError(f"{spec}: columns are {columns!r}, expected a list of names")
-    columns, own = list(columns or ()), None
+    columns, own = [name.strip() for name in columns or ()], None
     if spec == "sp500":
         if columns:
             raise PanelError(f"sp500: columns {columns} are asked for, expected none: it has closes only")
@@ -124,7 +124,9 @@ class _Table:
     def finite(self, column: str) -> np.ndarray:
         """(rows,) float64, NaN where the column is empty. Raises PanelError at the first value that is not finite."""
         values = self.numbers(column).astype(np.float64)
-        self._refuse(np.isinf(values), column, self.read(column), "a finite number")
+        infinite = np.isinf(values)
+        if infinite.any():  # the column is read again for the message alone
+            self._refuse(infinite, column, self.read(column), "a finite number")
         return values
 
     def names(self) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -196,6 +198,9 @@ def _open_table(path: Path, series: bool = False) -> _Table:
     time, is_named = (times or columns)[0], bool(times)
     data = [c for c in columns if not (is_named and c in ROW_NUMBERS) and not (series and c in times)]
     symbol = next((named[name] for name in SYMBOL_NAMES if named.get(name, time) != time), None)
+    others = [c for c in data if series and _key(c) in SYMBOL_NAMES and c not in (time, symbol)]
+    if others:
+        raise PanelError(f"{path}: symbol columns are {[symbol, *others]}, expected at most one of {SYMBOL_NAMES}")
     read = open_columns(time, symbol)
     values = read(time)
     if len(values) == 0:

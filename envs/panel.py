@@ -116,13 +116,15 @@ class Panel:
 
         extras = {}
         for name, values in self.extras.items():
-            shape = (num_bars, len(symbols))[: max(1, np.ndim(values))]
-            if np.shape(values) != shape or values.dtype != np.float64 or np.isinf(values).any():
-                found = f"{values.dtype} {np.shape(values)}{' with infinite values' if np.isinf(values).any() else ''}"
+            array = np.asarray(values)
+            shape = (num_bars, len(symbols))[: max(1, array.ndim)]
+            infinite = array.dtype == np.float64 and np.isinf(array).any()
+            if array.shape != shape or array.dtype != np.float64 or infinite:
+                found = f"{array.dtype} {array.shape}{' with infinite values' if infinite else ''}"
                 raise PanelError(
                     f"{self.name}: extra series {name!r} is {found}, expected float64 {shape} or ({num_bars},), finite or NaN"
                 )
-            extras[name] = _read_only(np.ascontiguousarray(values))
+            extras[name] = _read_only(np.ascontiguousarray(array))
         object.__setattr__(self, "extras", extras)
 
         lengths = np.diff(self.segments, append=num_bars)

@@ -39,7 +39,7 @@ def align(panel: Panel, publications: Publications, lag: int = 1) -> dict[str, n
     """
     if not isinstance(lag, int | np.integer) or lag < 0:
         raise PanelError(f"{publications.source}: series lag is {lag!r}, expected a whole number of bars >= 0")
-    rows = np.arange(panel.num_bars) - lag
+    rows = np.arange(panel.num_bars) - min(lag, panel.num_bars)
     known = rows >= panel.segments[panel.segment_of_row]
     cutoff = panel.timestamps[np.maximum(rows, 0)]
     shared = publications.columns is None

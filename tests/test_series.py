@@ -1,5 +1,7 @@
 """Extra series are known when they were published, a lag later, and never before; files load exactly or say where not."""
 
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,7 +46,13 @@ def write(tmp_path, name, text):
 
 @pytest.mark.parametrize(
     "lag, expected",
-    [(0, [NAN, 1, 3, 3, 4]), (1, [NAN, NAN, 1, 3, 3]), (2, [NAN, NAN, NAN, 1, 3]), (np.int64(9), [NAN] * 5)],
+    [
+        (0, [NAN, 1, 3, 3, 4]),
+        (1, [NAN, NAN, 1, 3, 3]),
+        (2, [NAN, NAN, NAN, 1, 3]),
+        (np.int64(9), [NAN] * 5),
+        (10**30, [NAN] * 5),
+    ],
 )
 def test_alignment_by_hand(lag, expected):
     panel = make_panel(np.ones((5, 1)))  # 1 to 5 January, at midnight
@@ -156,6 +164,22 @@ def test_empty_values_and_symbols_that_the_panel_lacks_are_no_duplicates():
     assert_same_bits(align(make_panel(np.ones((2, 2))), told, 0)["x"], np.array([[1.0, 2], [1, 2]]))
 
 
+@pytest.mark.parametrize("per_symbol", [False, True])
+def test_half_a_million_rows_align_in_seconds(per_symbol):
+    symbols, rng = 5, np.random.default_rng(0)
+    times = np.datetime64("2000-01-01", "ns") + np.arange(500_000 // symbols) * np.timedelta64(1, "m")
+    panel = make_panel(np.ones((len(times), symbols)), times)
+    owner = np.tile(np.arange(symbols), len(times))
+    published = np.repeat(times, symbols) if per_symbol else times[0] + np.arange(500_000) * np.timedelta64(60 // symbols, "s")
+    series = [(name, rng.standard_normal(500_000)) for name in ("x", "y", "z")]
+    start = time.perf_counter()
+    found = align(panel, Publications("s", published, owner if per_symbol else None, series))
+    assert time.perf_counter() - start < 5  # 0.1 s on a quiet machine
+    for name, values in series:
+        told = values.reshape(-1, symbols)  # a row per bar: of all symbols, or from the bar's time to the next one's
+        assert_same_bits(found[name][1:], told[:-1] if per_symbol else np.ascontiguousarray(told[:-1, 0]))
+
+
 # --- columns of the market's own file
 
 
@@ -199,6 +223,7 @@ COLUMN_ERRORS = {
     "not asked for": (LONG, ["mean"], ["m.csv", "unknown", "'risk'"]),
     "not there": (LONG, ["mean", "risk", "vix"], ["m.csv", "no column 'vix'", "'close', 'Mean', 'risk'"]),
     "a price": (LONG, ["mean", "risk", "close"], ["m.csv", "'close'", "a name other than"]),
+    "padded": (LONG, ["mean", "risk", " Mean "], ["m.csv", "'Mean'", "a name other than", "'mean'"]),
     "twice": (LONG, ["mean", "risk", "Mean"], ["m.csv", "'Mean'", "a name other than", "'mean'"]),
     "twice there": (LONG.replace("risk", "mean"), ["mean"], ["m.csv", "repeated column 'mean'"]),
     "the time": (LONG, ["mean", "risk", "date"], ["m.csv", "no column 'date'"]),
@@ -265,6 +290,8 @@ SERIES_ERRORS = {
         "Published,published\n2020-01-01,2020-01-01\n",
         ["s.csv", "time columns are", "'Published', 'published'"],
     ),
+    "two symbols": ("published,asset,Symbol,x\n2020-01-01,7,A,1\n", ["s.csv", "symbol columns are ['Symbol', 'asset']", "one"]),
+    "symbol twice": ("published,Symbol,symbol,x\n2020-01-01,A,7,1\n", ["s.csv", "symbol columns are ['Symbol', 'symbol']"]),
     "no series": ("published,date,symbol\n2020-01-01,2020-01-01,A\n", ["s.csv", "no series besides 'published'"]),
     "header only": ("published,x\n", ["s.csv", "header only"]),
     "bad time": ("published,x\n2020-01-01,1\nsoon,1\n", ["s.csv", "'published'", "data row 2", "'soon'", "ISO"]),
@@ -338,7 +365,7 @@ def test_load_market_passes_series_on_and_a_synthetic_market_takes_none(tmp_path
     panel = load_market(path, 3, **options)
     assert panel.sha256 == load_panel(path, **options).sha256 and list(panel.extras) == ["mean", "risk", "x"]
     spec = "synthetic:noise:assets=2:bars=300:train=1:val=1:test=1"
-    load_market(spec, columns=(), series=None, series_lag=0)
+    load_market(spec, columns=(), series=None, series_lag=1)
     for key in ("columns", "series"):
         with fails(spec, f"--{key}"):
             load_market(spec, **{key: options[key]})
@@ -377,6 +404,10 @@ EXTRAS_ERRORS = {
     "symbols": (np.ones((3, 1)), ["(3, 1)", "(3, 2)"]),
     "length": (np.ones(2), ["(2,)", "(3,)"]),
     "axes": (np.ones((3, 2, 1)), ["(3, 2, 1)"]),
+    "text": (np.array(["a", "b", "c"]), ["<U1", "float64"]),
+    "objects": (np.array([1.0, None, 2.0]), ["object", "float64"]),
+    "list of int": ([1, 2, 3], ["int64", "float64"]),
+    "nothing": (None, ["object ()", "float64"]),
     "scalar": (np.array(1.0), ["float64 ()"]),
     "float32": (np.ones(3, dtype=np.float32), ["float32", "float64"]),
     "int": (np.ones((3, 2), dtype=np.int64), ["int64", "float64"]),
@@ -389,6 +420,17 @@ EXTRAS_ERRORS = {
 def test_a_panel_refuses_bad_extras(values, parts):
     with fails("test", "'x'", *parts):
         make_panel(np.ones((3, 2)), extras={"x": values})
+
+
+def test_extras_are_read_only_views_and_contiguous_and_the_callers_stay_writable():
+    own, all_ = np.ones((3, 2)), np.ones(3)
+    panel = make_panel(
+        np.ones((3, 2)), extras={"own": own, "all": all_, "fortran": np.asfortranarray(own), "list": [1.0, 2, 3]}
+    )
+    assert np.shares_memory(panel.extras["own"], own) and own.flags.writeable and all_.flags.writeable
+    for part in (panel, panel.select(["B", "A"], end="2020-01-02"), panel.resample("2D")):
+        for values in part.extras.values():
+            assert values.flags.c_contiguous and not values.flags.writeable
 
 
 def test_sha256_covers_extras_and_is_what_it_was_without():
