@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 
 from envs.panel import FIELDS, ISO_TIME, UTC_OFFSET, Panel, PanelError, check_bars
+from envs.series import Publications, add_series, read_publications
 
 TIME_NAMES = ("timestamp", "date", "datetime", "time")
+PUBLISHED = "published"  # decides in a file of series, where another time says what a value is about
 SYMBOL_NAMES = ("symbol", "ticker", "asset", "instrument")
 ADJUSTED_CLOSE_NAMES = ("adj close", "adj_close")  # a close, in a file that has no column named close
 MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "None")  # in price and volume columns of CSV files
@@ -27,8 +29,11 @@ def load_panel(
     start: str | None = None,
     end: str | None = None,
     resample: str | None = None,
+    columns: Sequence[str] | None = None,
+    series: str | None = None,
+    series_lag: int = 1,
 ) -> Panel:
-    """Load a panel, then Panel.select(symbols, start, end), then Panel.resample(resample).
+    """Load a panel and its extra series, then Panel.select(symbols, start, end), then Panel.resample(resample).
 
     spec is one of:
     - "sp500": closes of 20 US shares, daily, 1990-2022, that come with skfolio;
@@ -39,17 +44,37 @@ def load_panel(
     - a folder of one-symbol .csv files, all with the same fields.
     Column names are case-insensitive; "adj close" stands in for a missing close. Times are ISO 8601.
 
+    Extra series go to Panel.extras, at each bar the value published latest as of `series_lag` bars of the file earlier:
+    columns: more columns of numbers in the long or one-symbol file, or in every file of the folder. A value counts as
+        published at its row's time, an empty one as not published.
+    series: a .csv or .parquet file with a time column (published, or else one of the above), perhaps a symbol column
+        (without it the series are about all symbols), and columns of numbers, in any order of rows. If it has both
+        `published` and another time, the other is ignored; so are symbols that the market lacks.
+
     Raises PanelError, naming the file, the symbol and the data row (counted from 1, without header and blank lines).
     """
     path = Path(spec).expanduser()
+    if isinstance(columns, str):
+        raise PanelError(f"{spec}: columns are {columns!r}, expected a list of names")
+    columns, own = list(columns or ()), None
     if spec == "sp500":
+        if columns:
+            raise PanelError(f"sp500: columns {columns} are asked for, expected none: it has closes only")
         panel = _load_sp500()
     elif spec and path.is_dir():  # an empty path would be the working directory
-        panel = _load_folder(path)
+        panel, own = _load_folder(path, columns)
     elif path.suffix.lower() in (".csv", ".parquet"):
-        panel = _load_file(path)
+        panel, own = _load_file(path, columns)
     else:
         raise PanelError(f"market {spec!r} is not known; {ACCEPTED}")
+    # Before select: what was published before `start` is known at `start`.
+    if own is not None:
+        panel = add_series(panel, own, series_lag)
+    if series is not None:
+        source = Path(series).expanduser()
+        if source.suffix.lower() not in (".csv", ".parquet"):
+            raise PanelError(f"series {series!r}: expected a .csv or .parquet file")
+        panel = add_series(panel, read_publications(_open_table(source, series=True), panel), series_lag)
     if symbols is not None or start is not None or end is not None:
         panel = panel.select(symbols, start, end)
     return panel if resample is None else panel.resample(resample)
@@ -65,14 +90,17 @@ class _Table:
     columns: list[str]
     read: Callable[[str], pd.Series]
 
-    def fields(self) -> dict[str, str]:
-        """Field -> the file's column, in the order of FIELDS. Raises PanelError for an unknown or a missing column."""
-        found = {}
+    def fields(self, asked: Sequence[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
+        """Field -> the file's column, in the order of FIELDS; and the same of the extra columns asked for.
+
+        Raises PanelError for an unknown or a missing column.
+        """
+        found, extra = {}, {_key(name) for name in asked}
         for column in self.columns:
             key = _key(column)
-            if key in ADJUSTED_CLOSE_NAMES and "close" not in map(_key, self.columns):
+            if key in ADJUSTED_CLOSE_NAMES and key not in extra and "close" not in map(_key, self.columns):
                 key = "close"
-            if key not in FIELDS or key in found:
+            if key not in extra.union(FIELDS) or key in found:
                 raise PanelError(
                     f"{self.path}: unknown or repeated column {column!r}, expected a time column {TIME_NAMES}, at most "
                     f"one symbol column {SYMBOL_NAMES}, and of {FIELDS} (or {ADJUSTED_CLOSE_NAMES} for close) each once"
@@ -80,7 +108,10 @@ class _Table:
             found[key] = column
         if "close" not in found:
             raise PanelError(f"{self.path}: no close column besides {self.time!r}, found {self.columns}")
-        return {f: found[f] for f in FIELDS if f in found}
+        for name in asked:
+            if _key(name) not in found:
+                raise PanelError(f"{self.path}: no column {name!r}, which was asked for, among {self.columns}")
+        return {f: found[f] for f in FIELDS if f in found}, {name: found[_key(name)] for name in asked}
 
     def numbers(self, column: str) -> np.ndarray:
         """(rows,) the column as numbers. Raises PanelError at the first value that is none."""
@@ -89,6 +120,12 @@ class _Table:
         values = pd.to_numeric(raw if is_number else raw.astype(str), errors="coerce")  # dates and bools are no prices
         self._refuse((values.isna() & raw.notna()).to_numpy(), column, raw, "a number")
         return values.to_numpy()
+
+    def finite(self, column: str) -> np.ndarray:
+        """(rows,) float64, NaN where the column is empty. Raises PanelError at the first value that is not finite."""
+        values = self.numbers(column).astype(np.float64)
+        self._refuse(np.isinf(values), column, self.read(column), "a finite number")
+        return values
 
     def names(self) -> tuple[np.ndarray, tuple[str, ...]]:
         """(rows,) int64 codes into the sorted symbols. Raises PanelError at the first missing one."""
@@ -138,8 +175,11 @@ def _parse_iso(text: pd.Series) -> pd.DatetimeIndex:
     return pd.DatetimeIndex(pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce"))
 
 
-def _open_table(path: Path) -> _Table:
-    """Find the roles of a file's columns. Raises PanelError if it is missing, empty, corrupt, or has no time column."""
+def _open_table(path: Path, series: bool = False) -> _Table:
+    """Find the roles of the columns of a file of bars, or of series, which must name its time column.
+
+    Raises PanelError if the file is missing, empty, corrupt, or has no time column.
+    """
     if not path.is_file():
         raise PanelError(f"{path}: no such file")
     if path.stat().st_size == 0:
@@ -149,15 +189,18 @@ def _open_table(path: Path) -> _Table:
         if column in columns[:i] or (i > 0 and not column):
             raise PanelError(f"{path}: column {i + 1} is named {column!r}, expected a name that no other column has")
     named = {_key(column): column for column in reversed(columns)}
-    time = next((named[name] for name in TIME_NAMES if name in named), columns[0])
-    is_named = _key(time) in TIME_NAMES
-    data = [c for c in columns if not (is_named and c in ROW_NUMBERS)]
+    names = (PUBLISHED, *TIME_NAMES) if series else TIME_NAMES
+    times = sorted((c for c in columns if _key(c) in names), key=lambda c: names.index(_key(c)))
+    if series and len([c for c in times if _key(c) == PUBLISHED] or times) != 1:
+        raise PanelError(f"{path}: time columns are {times} of {columns}, expected {PUBLISHED!r} or one of {TIME_NAMES}")
+    time, is_named = (times or columns)[0], bool(times)
+    data = [c for c in columns if not (is_named and c in ROW_NUMBERS) and not (series and c in times)]
     symbol = next((named[name] for name in SYMBOL_NAMES if named.get(name, time) != time), None)
     read = open_columns(time, symbol)
-    times = read(time)
-    if len(times) == 0:
+    values = read(time)
+    if len(values) == 0:
         raise PanelError(f"{path}: header only, expected data rows")
-    if not is_named and not pd.api.types.is_datetime64_any_dtype(times) and _parse_iso(times[:1].astype(str)).hasnans:
+    if not is_named and not pd.api.types.is_datetime64_any_dtype(values) and _parse_iso(values[:1].astype(str)).hasnans:
         raise PanelError(f"{path}: no time column in {columns}, expected one of {TIME_NAMES}, or dates in the first")
     return _Table(path, time, symbol, [c for c in data if c not in (time, symbol)], read)
 
@@ -208,12 +251,18 @@ def _parquet(path: Path) -> tuple[list[str], Callable]:
     return columns, lambda time, symbol: read
 
 
-def _load_file(path: Path) -> Panel:
+def _load_file(path: Path, asked: Sequence[str] = ()) -> tuple[Panel, Publications | None]:
+    """The panel, and what the columns asked for publish."""
     table = _open_table(path)
     keys = set(map(_key, table.columns))
     if table.symbol is None and keys - set(FIELDS) and not keys & {"close", *ADJUSTED_CLOSE_NAMES}:
-        return _load_wide(table)
-    columns_of = table.fields()
+        if asked:
+            raise PanelError(
+                f"{path}: columns {list(asked)} are asked for, expected none: without a symbol or a close column the "
+                f"file is wide, {table.columns} being symbols"
+            )
+        return _load_wide(table), None
+    columns_of, extras_of = table.fields(asked)
     times, timezone = table.times()
     columns, symbols = (np.zeros(len(times), dtype=np.int64), (path.stem,)) if table.symbol is None else table.names()
 
@@ -233,7 +282,9 @@ def _load_file(path: Path) -> Panel:
     # Here, and not in Panel alone: it knows neither the file's rows nor that a NaN close was meant to be a bar.
     check_bars(fields, present, lambda cell: where(int((cells == cell).argmax())))
     _check_counts(path, symbols, present)
-    return Panel(name=path.name, timestamps=timestamps, symbols=symbols, timezone=timezone, **fields)
+    panel = Panel(name=path.name, timestamps=timestamps, symbols=symbols, timezone=timezone, **fields)
+    extras = [(name, table.finite(column)) for name, column in extras_of.items()]
+    return panel, Publications(str(path), times, columns, extras) if extras else None
 
 
 def _load_wide(table: _Table) -> Panel:
@@ -254,11 +305,11 @@ def _load_wide(table: _Table) -> Panel:
     return Panel(name=path.name, timestamps=times[some], symbols=symbols, close=close[some], timezone=timezone)
 
 
-def _load_folder(path: Path) -> Panel:
+def _load_folder(path: Path, asked: Sequence[str] = ()) -> tuple[Panel, Publications | None]:
     files = sorted(path.glob("*.csv"))
     if not files:
         raise PanelError(f"{path}: no .csv file in this folder, expected one per symbol")
-    parts = [_load_file(file) for file in files]
+    parts, extras = zip(*(_load_file(file, asked) for file in files), strict=True)
     for file, part in zip(files, parts, strict=True):
         found = part.symbols, list(part.fields), part.timezone
         expected = (file.stem,), list(parts[0].fields), parts[0].timezone
@@ -271,7 +322,12 @@ def _load_folder(path: Path) -> Panel:
         for f, values in part.fields.items():
             fields[f][rows, column] = values[:, 0]
     symbols = tuple(file.stem for file in files)
-    return Panel(name=path.name, timestamps=timestamps, symbols=symbols, timezone=parts[0].timezone, **fields)
+    panel = Panel(name=path.name, timestamps=timestamps, symbols=symbols, timezone=parts[0].timezone, **fields)
+    if not asked:
+        return panel, None
+    times, owners = [part.published for part in extras], [part.columns + i for i, part in enumerate(extras)]
+    series = [(name, np.concatenate([part.series[i][1] for part in extras])) for i, name in enumerate(asked)]
+    return panel, Publications(str(path), np.concatenate(times), np.concatenate(owners), series)
 
 
 def _load_sp500() -> Panel:

@@ -270,7 +270,8 @@ def make_panel(spec: str, seed: int = 0) -> Panel:
 def load_market(spec: str, seed: int = 0, **selection) -> Panel:
     """The panel that `--market` names: a synthetic one drawn from `seed`, or any that `load_panel` reads.
 
-    `selection` (symbols, start, end, resample) is passed on to `load_panel`; a synthetic market takes none of it.
+    `selection` (symbols, start, columns, ...) is passed on to `load_panel`; a synthetic market takes none of it, but for
+    series_lag, which says nothing by itself.
     """
     if not spec.startswith("synthetic:"):
         return load_panel(spec, **selection)

@@ -65,11 +65,13 @@ def ragged_panel(seed: int, bars: int = 120, symbols: int = 6) -> Panel:
 
 
 def tampered(panel: Panel, t: int, rng: np.random.Generator) -> Panel:
-    """The panel with every bar after row t replaced at random: other prices, bars removed, bars added."""
+    """The panel with every bar after row t replaced at random: other prices and series, bars removed, bars added."""
     present = rng.random((panel.num_bars - t - 1, panel.num_symbols)) < 0.7
     present[-1] |= ~panel.present[: t + 1].any(axis=0)  # a panel refuses symbols without any bar
     later = _bars(rng, present, 0.5 * rng.standard_normal(present.shape))
-    return replace(panel, **{name: np.concatenate([panel.fields[name][: t + 1], later[name]]) for name in panel.fields})
+    fields = {name: np.concatenate([panel.fields[name][: t + 1], later[name]]) for name in panel.fields}
+    extras = {name: np.concatenate([x[: t + 1], rng.standard_normal(x[t + 1 :].shape)]) for name, x in panel.extras.items()}
+    return replace(panel, extras=extras, **fields)
 
 
 def _bars(rng, present, log_price):
