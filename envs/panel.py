@@ -116,9 +116,11 @@ class Panel:
 
         extras = {}
         for name, values in self.extras.items():
+            values = np.asarray(values)
             shape = (num_bars, len(symbols))[: max(1, np.ndim(values))]
-            if np.shape(values) != shape or values.dtype != np.float64 or np.isinf(values).any():
-                found = f"{values.dtype} {np.shape(values)}{' with infinite values' if np.isinf(values).any() else ''}"
+            infinite = values.dtype == np.float64 and np.isinf(values).any()
+            if values.shape != shape or values.dtype != np.float64 or infinite:
+                found = f"{values.dtype} {values.shape}{' with infinite values' if infinite else ''}"
                 raise PanelError(
                     f"{self.name}: extra series {name!r} is {found}, expected float64 {shape} or ({num_bars},), finite or NaN"
                 )
