@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import envs  # noqa: F401  (registers Portfolio-v0)
 from envs import ledger, portfolio_references
+from envs.costs import RUIN
 from envs.portfolio import RegimeGuard
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import load_market
@@ -147,13 +148,14 @@ class Args:
 KNOWN = {
     "synthetic:garleanu-pedersen": dict(
         portfolio=PortfolioConfig(
-            costs="zero:quadratic_impact_bps=75", constraints="long_short", orders="change", gross=10.0, asset_cap=10.0, scale=0.5
+            costs="zero:quadratic_impact_bps=75", constraints="long_short", orders="change", gross=10.0, asset_cap=10.0,
+            scale=0.5,
         ),
         penalty_variance=19.5,
     ),
     "synthetic:merton": dict(
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5),
-        gamma=0.0,
+        gamma=0.0, log_std=0.0,
     ),
 }  # fmt: skip
 
@@ -564,7 +566,9 @@ if __name__ == "__main__":
             print(f"{s['max_drawdown']:10.1%}{s['turnover']:9.0f}x{s['cost']:8.1%}{s['gross_exposure']:7.2f}")
         if "closed form" in scores:
             run["utility_share"] = scores["agent"]["utility"] / scores["closed form"]["utility"]
-            weight, best = (compared[name]["net_exposure"].mean() for name in ("agent", "closed form"))
+            alive = {name: frame["net_exposure"][frame["equity"] > RUIN] for name, frame in compared.items()}
+            weight, best = (float(alive[name].mean()) for name in ("agent", "closed form"))
+            run["mean_net_exposure"] = {"agent": weight, "closed form": best}
             print(f"utility at risk aversion {risk_aversion:g} is {run['utility_share']:.3f} of the closed form's; ", end="")
             print(f"mean net exposure {weight:.3f}, closed form {best:.3f}")
         if args.guard.active:

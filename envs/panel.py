@@ -116,15 +116,15 @@ class Panel:
 
         extras = {}
         for name, values in self.extras.items():
-            array = np.asarray(values)
-            shape = (num_bars, len(symbols))[: max(1, array.ndim)]
-            infinite = array.dtype == np.float64 and np.isinf(array).any()
-            if array.shape != shape or array.dtype != np.float64 or infinite:
-                found = f"{array.dtype} {array.shape}{' with infinite values' if infinite else ''}"
+            values = np.asarray(values)
+            shape = (num_bars, len(symbols))[: max(1, np.ndim(values))]
+            infinite = values.dtype == np.float64 and np.isinf(values).any()
+            if values.shape != shape or values.dtype != np.float64 or infinite:
+                found = f"{values.dtype} {values.shape}{' with infinite values' if infinite else ''}"
                 raise PanelError(
                     f"{self.name}: extra series {name!r} is {found}, expected float64 {shape} or ({num_bars},), finite or NaN"
                 )
-            extras[name] = _read_only(np.ascontiguousarray(array))
+            extras[name] = _read_only(np.ascontiguousarray(values))
         object.__setattr__(self, "extras", extras)
 
         lengths = np.diff(self.segments, append=num_bars)

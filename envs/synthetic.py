@@ -192,12 +192,11 @@ class GarleanuPedersen(Histories):
 class Merton(Histories):
     """Geometric Brownian motion without gaps: the best weight is the Merton fraction, drift / (risk aversion * vol^2).
 
-    The shocks of a history are standardised, so that its drift and volatility are the true ones: the standard error of a
-    drift estimated from T bars is vol / sqrt(T), and no agent could learn the fraction from realistically many.
+    Bars are coarse and histories many: the standard error of a drift estimated from T bars is vol / sqrt(T).
     """
 
     assets: int = 1
-    train: int = 100
+    train: int = 200
     drift: float = 0.006  # of the simple return per bar
     vol: float = 0.1
 
@@ -210,9 +209,7 @@ class Merton(Histories):
 
     def draw(self, rng: np.random.Generator):
         shape = (self.bars, self.assets)
-        shocks = rng.standard_normal(shape)
-        shocks = (shocks - shocks.mean(axis=0)) / shocks.std(axis=0)
-        returns = np.log1p(self.drift) - 0.5 * self.vol**2 + self.vol * shocks
+        returns = np.log1p(self.drift) - 0.5 * self.vol**2 + self.vol * rng.standard_normal(shape)
         hidden = {"expected_return": np.full(shape, self.drift), "volatility": np.full(shape, self.vol)}
         return np.zeros(shape), returns, hidden, {}
 
