@@ -140,6 +140,8 @@ class Args:
     """factor on the rewards that the critic sees"""
     eval_every: int = 20
     """iterations between two backtests on the validation split"""
+    eval_episodes: int = 100
+    """with --env-id: episodes of the final evaluation"""
     patience: int = 0
     """stop after so many of them without a better score (0: never); the best model is kept in any case"""
 
@@ -579,7 +581,17 @@ if __name__ == "__main__":
             print(f"guard: growth {gain:+.2%} a year against none, 95% interval [{low:.2%}, {high:.2%}] ({how})")
             print(f"guard fired on test bars: {fired}")
     else:
-        print(f"\nmean return of the last {len(recent_returns)} episodes: {latest}")
+        print(f"\nmean return of the last {len(recent_returns)} episodes of training: {latest}")
+        obs_now, _ = train_envs.reset(seed=args.seed + 10_000)  # episodes that training never saw, without exploration
+        returns, episode_return[:] = [], 0.0
+        while len(returns) < args.eval_episodes:
+            action = agent_policy(obs_now.astype(np.float32).reshape(args.num_envs, -1))
+            obs_now, reward, term, trunc, _ = train_envs.step(action.reshape(train_envs.action_space.shape))
+            episode_return += reward
+            returns.extend(episode_return[term | trunc].tolist())
+            episode_return[term | trunc] = 0.0
+        run["eval_return"] = float(np.mean(returns))
+        print(f"mean return of {len(returns)} episodes of its mean action: {run['eval_return']:.4g}")
     ledger.write_json(run_dir / "run.json", run)
     print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")
     if args.track:
