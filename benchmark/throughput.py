@@ -33,10 +33,13 @@ from envs import ledger
 from envs.leadlag import LeadLagEnv, LeadLagVectorEnv
 from envs.leadlag_tables import LeadLagData
 from envs.panel import Split
+from envs.portfolio import PortfolioEnv, PortfolioVectorEnv
+from envs.portfolio_tables import PortfolioData
 from envs.synthetic import load_market
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = Path("algos") / "ppo_leadlag.py"
+SCRIPTS = {LeadLagData: Path("algos") / "ppo_leadlag.py", PortfolioData: Path("algos") / "ppo_portfolio.py"}
+ENVS = {LeadLagData: (LeadLagVectorEnv, LeadLagEnv), PortfolioData: (PortfolioVectorEnv, PortfolioEnv)}
 INSTALL = 'not installed: pip install -e ".[peers]"'
 PEERS = ("stable-baselines3", "gym-trading-env", "gym-anytrading")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -55,9 +58,11 @@ class Args:
     repeats: int = 0
     """rounds of every interleaved comparison (0: 11, with --quick 3); those that train run a third as many"""
     only: tuple[str, ...] = ()
-    """sections to run: memory, env, lookback, rollout, peers, training (all by default)"""
+    """sections to run: memory, env, lookback, rollout, peers, training, portfolio-peers, portfolio-training (all by default)"""
     market: str = "synthetic:leadlag:val=1:test=1"
-    """market of all but the memory section: by default the training histories that the scripts have by default"""
+    """market of the sections on LeadLag-v0 but memory: by default the training histories that the script has by default"""
+    portfolio: str = "synthetic:noise:assets=30:val=1:test=1"
+    """market of the sections on Portfolio-v0"""
     num_envs: tuple[int, ...] = ()
     """numbers of markets of the env section (default: 1 16 256 1024 4096 16384; with --quick 1 256 4096)"""
     seconds: float = 0.3
@@ -135,14 +140,17 @@ def figure(row: dict, name: str) -> str:
 # The markets alone
 
 
-def stepper(data: LeadLagData, num_envs: int, threads: int, loop: str = "auto", action: int | None = None, split="train"):
+def stepper(
+    data: LeadLagData | PortfolioData, num_envs: int, threads: int, loop: str = "auto", action: int | None = None, split="train"
+):
     """A function that steps `num_envs` markets once, with random actions or always `action`, as a script does: `out=`."""
-    env = LeadLagVectorEnv(num_envs, data=data, split=split, num_threads=threads)
+    env = ENVS[type(data)][0](num_envs, data=data, split=split, num_threads=threads)
     if loop != "auto":
         env.parallel = loop == "parallel"
     env.reset(seed=0)
     out = np.zeros(env.observation_space.shape, np.float32)
-    actions = np.random.default_rng(0).integers(0, env.single_action_space.n, (64, num_envs))
+    env.action_space.seed(0)
+    actions = np.stack([env.action_space.sample() for _ in range(64)])
     if action is not None:
         actions[:] = action
     rows = cycle(actions)
@@ -190,6 +198,26 @@ def measure_peers(args, data):
     return compare("peers", contestants, args.repeats, faster_by=True, targets=[("gym-trading-env, TradingEnv", 100, np.inf)])
 
 
+def measure_portfolio_peers(args, data):
+    """A step decides on all symbols. The peer has one market per symbol: its step is one step of each, rebalancing left out."""
+    n = 1024
+    panel, split = first_history(data.panel)
+    one = PortfolioData(panel)
+    symbols = panel.num_symbols
+    contestants = {
+        f"Portfolio-v0, {symbols} symbols, {n} markets, {t} threads": timed(stepper(one, n, t, split=split), n, args.seconds)
+        for t in THREADS[::-1]
+    }
+    contestants["Portfolio-v0, single env"] = timed(single(PortfolioEnv(data=one, split=split)), 1, args.seconds)
+    name = f"gym-trading-env, {symbols} TradingEnvs"
+    try:
+        each = [single(gym_trading_env(bars_of_one_symbol(panel, i))) for i in range(symbols)]
+        contestants[name] = timed(lambda: [step() for step in each], 1, args.seconds)
+    except ImportError:
+        contestants[name] = INSTALL
+    return compare("portfolio-peers", contestants, args.repeats, faster_by=True, targets=[(name, 100, np.inf)])
+
+
 def first_history(panel):
     """The first price history of a synthetic panel, as a panel of its own, and all of it as a training split."""
     bars = panel.segments[1]
@@ -201,8 +229,8 @@ def first_history(panel):
     return cut, Split("train", np.array([[0, bars]]))
 
 
-def bars_of_one_symbol(panel) -> pd.DataFrame:
-    bars = pd.DataFrame({f: values[:, 0] for f, values in panel.fields.items()}, pd.DatetimeIndex(panel.timestamps))
+def bars_of_one_symbol(panel, symbol: int = 0) -> pd.DataFrame:
+    bars = pd.DataFrame({f: values[:, symbol] for f, values in panel.fields.items()}, pd.DatetimeIndex(panel.timestamps))
     bars["feature_return"] = bars["close"].pct_change()
     for field in ("open", "high", "low"):
         bars[f"feature_{field}"] = bars[field] / bars["close"]
@@ -223,7 +251,8 @@ def gym_anytrading(bars) -> gym.Env:
 
 def single(env: gym.Env):
     """A function that steps a Gymnasium env once with a random action, and resets it where an episode ends."""
-    actions = cycle(np.random.default_rng(0).integers(0, env.action_space.n, 4096).tolist())
+    env.action_space.seed(0)
+    actions = cycle([env.action_space.sample() for _ in range(4096)])
     env.reset(seed=0)
 
     def step():
@@ -272,7 +301,8 @@ def measure_rollout(args, data):
 
 def measure_training(args, data):
     """The script as a process beside stable-baselines3's PPO, which learns in this one, on the same tables."""
-    contestants = {f"{SCRIPT}, {t} threads": script(args, t) for t in THREADS[::-1]}
+    path, market = SCRIPTS[type(data)], data.panel.name
+    contestants = {f"{path}, {t} threads": script(args, path, market, t) for t in THREADS[::-1]}
     small = "SB3 PPO, DummyVecEnv {} x {} steps".format(*SB3_SMALL)
     same = f"SB3 PPO, DummyVecEnv {NUM_ENVS} x {NUM_STEPS} steps"
     vector = f"SB3 PPO, our vector env {NUM_ENVS} x {NUM_STEPS} steps"
@@ -282,22 +312,23 @@ def measure_training(args, data):
 
         torch.set_num_threads(CORES)
         for name, (n, num_steps) in ((small, SB3_SMALL), (same, (NUM_ENVS, NUM_STEPS))):
-            contestants[name] = sb3(args, make_vec_env(lambda: LeadLagEnv(data=data), n), num_steps)
+            contestants[name] = sb3(args, make_vec_env(lambda: ENVS[type(data)][1](data=data), n), num_steps)
         contestants[vector] = sb3(args, one_vector_env(data), NUM_STEPS)
     except ImportError:
         contestants |= dict.fromkeys((small, same, vector), INSTALL)
     targets = [(small, 20, np.inf), (same, 20, np.inf)]
-    return compare("training", contestants, max(1, args.repeats // 3), faster_by=True, targets=targets)
+    section = "training" if type(data) is LeadLagData else "portfolio-training"
+    return compare(section, contestants, max(1, args.repeats // 3), faster_by=True, targets=targets)
 
 
-def script(args, threads):
+def script(args, path, market, threads):
     def measure():
         with tempfile.TemporaryDirectory() as runs:
-            command = [sys.executable, SCRIPT, "--market", args.market, "--runs-dir", runs, "--no-cuda"]
+            command = [sys.executable, path, "--market", market, "--runs-dir", runs, "--no-cuda"]
             command += ["--total-timesteps", args.train_steps, "--num-threads", threads]
             done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"{SCRIPT} failed:\n{done.stderr[-3000:]}")
+                raise RuntimeError(f"{path} failed:\n{done.stderr[-3000:]}")
             return json.loads(next(Path(runs).glob("*/run.json")).read_text())["sps"]
 
     return measure
@@ -309,7 +340,7 @@ def one_vector_env(data):
 
     class Adapter(VecEnv):
         def __init__(self):
-            self.env = LeadLagVectorEnv(NUM_ENVS, data=data)
+            self.env = ENVS[type(data)][0](NUM_ENVS, data=data)
             super().__init__(NUM_ENVS, self.env.single_observation_space, self.env.single_action_space)
 
         def reset(self):
@@ -383,12 +414,16 @@ SECTIONS = {
     "rollout": (measure_rollout, f"Rollout: policy network, sampling, step; {NUM_ENVS} markets", "times 1 thread"),
     "peers": (measure_peers, "Markets alone, beside other packages", "the first row is faster by"),
     "training": (measure_training, "Training: rollout and update, 64-64 tanh networks", "the first row is faster by"),
+    "portfolio-peers": (measure_portfolio_peers, "Portfolio-v0 alone, beside another package", "the first row is faster by"),
+    "portfolio-training": (measure_training, "Training on Portfolio-v0, 64-64 tanh networks", "the first row is faster by"),
 }  # fmt: skip
 NOTES = {
     "env": "`LeadLagVectorEnv.step(actions, out=...)`; obs, reward, masks, accounts and autoreset included.",
     "peers": "gym-trading-env: one symbol, four features, positions -1, 0, 1; gym-anytrading: a window of 10 bars; the whole "
     "history is one episode. All of them, LeadLag-v0 with its ten symbols too, step over the same bars. Both run unchanged; "
     "importing gym_trading_env makes every later warning an error: undone here.",
+    "portfolio-peers": "A step decides on all symbols at once; gym-trading-env has one market per symbol, stepped one after "
+    "the other, without the rebalancing between them.",
     "training": f"SB3 has the script's networks, {EPOCHS} epochs and {MINIBATCHES} minibatches per epoch, after a warm-up, on "
     "the same tables, without action masks (a masked action keeps the lookback). The script runs as a process; its steps/s "
     "leave out start-up, validation backtests and the final report.",
@@ -425,14 +460,15 @@ def markdown(facts, rows) -> str:
 
 def main(args: Args) -> list[dict]:
     facts = machine()
-    data, rows = None, []
+    tables, rows = {}, []
     args.out.mkdir(parents=True, exist_ok=True)
     for section, (measure, title, _) in SECTIONS.items():
         if section in (args.only or SECTIONS):
             print(title, flush=True)
-            if section != "memory" and data is None:
-                data = LeadLagData(load_market(args.market, 1))
-            rows += measure(args, data)
+            kind, market = (PortfolioData, args.portfolio) if "portfolio" in section else (LeadLagData, args.market)
+            if section != "memory" and kind not in tables:
+                tables[kind] = kind(load_market(market, 1))
+            rows += measure(args, tables.get(kind))
             facts["load_at_end"] = os.getloadavg()[0]
             content = {"machine": facts, "arguments": dataclasses.asdict(args) | {"out": str(args.out)}, "rows": rows}
             ledger.write_json(args.out / "throughput.json", content)
