@@ -169,6 +169,9 @@ def order_one(i, m, p, s, memory, actions, b):
                 caps[m.group[j]] = max(0.0, caps[m.group[j]] - abs(w))
     gross_cap = max(0.0, gross_cap)
     net_low, net_high = (gross_cap, gross_cap) if p.long_only else (-p.net - fixed, p.net - fixed)
+    net_budget = gross_cap
+    if p.long_only:
+        gross_cap = np.inf  # no weight is negative: the net says it all
     cash = -np.inf
     if p.long_only and p.cash:
         cash = p.scale * min(LARGEST, max(-LARGEST, actions[i, n])) + (budget - held if p.change else 0.0)
@@ -188,7 +191,7 @@ def order_one(i, m, p, s, memory, actions, b):
             break
         part = p.guard_probe if turnover > p.guard_turnover else 1.0
         penalty = p.guard_penalty if lossy else 0.0
-        cash = gross_cap if p.long_only else -np.inf
+        cash = net_budget if p.long_only else -np.inf
         for j in range(n):
             if m.present[t, j]:
                 trade = order[j] - memory[i, j]
