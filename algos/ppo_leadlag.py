@@ -156,9 +156,13 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, x):
-        centred = x.double() - self.mean
-        delta, total = centred.mean(dim=0), self.count + len(x)
-        var = centred.square_().mean(dim=0) - delta**2
+        delta, var = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
+        for part in x.split(1024):  # parts that stay in the cache
+            centred = part - self.mean.float()
+            delta += centred.sum(dim=0, dtype=torch.float64) / len(x)
+            var += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
+        var.sub_(delta**2).clamp_(min=0.0)
+        total = self.count + len(x)
         self.var.copy_((self.var * self.count + var * len(x) + delta**2 * self.count * len(x) / total) / total)
         self.mean.add_(delta * len(x) / total)
         self.count.copy_(total)
