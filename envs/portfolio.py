@@ -138,6 +138,11 @@ def reset_one(i, m, p, state, memory, record, obs):
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
+def score(action):
+    return min(LARGEST, max(-LARGEST, np.float64(action)))  # float32 times a number stays float32 where nothing is compiled
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
 def order_one(i, m, p, s, memory, actions, b):
     """Turn market i's scores into the order b.choice[i] (N,), inside the constraints, and let the guards change it."""
     n, t = m.present.shape[1], s.t
@@ -145,7 +150,7 @@ def order_one(i, m, p, s, memory, actions, b):
     order = b.choice[i]
     budget = m.gross[t]
     if p.leverage:
-        budget = min(budget, max(0.0, 1.0 + actions[i, actions.shape[1] - 1]))
+        budget = min(budget, max(0.0, 1.0 + np.float64(actions[i, actions.shape[1] - 1])))
     elif p.long_only:
         budget = min(budget, 1.0)
 
@@ -157,8 +162,7 @@ def order_one(i, m, p, s, memory, actions, b):
         w = memory[i, j]
         held += w
         if m.present[t, j]:
-            score = min(LARGEST, max(-LARGEST, actions[i, j]))
-            y[j] = p.scale * score + (w if p.change else 0.0)
+            y[j] = p.scale * score(actions[i, j]) + (w if p.change else 0.0)
             low[j] = 0.0 if p.long_only else -p.asset_cap
             high[j] = p.asset_cap
         else:
@@ -174,7 +178,7 @@ def order_one(i, m, p, s, memory, actions, b):
         gross_cap = np.inf  # no weight is negative: the net says it all
     cash = -np.inf
     if p.long_only and p.cash:
-        cash = p.scale * min(LARGEST, max(-LARGEST, actions[i, n])) + (budget - held if p.change else 0.0)
+        cash = p.scale * score(actions[i, n]) + (budget - held if p.change else 0.0)
 
     lossy = s.length >= p.guard_window and s.window_growth < p.guard_return
     for attempt in range(2):
