@@ -18,6 +18,8 @@ from hypothesis import settings
 from envs.leadlag import LeadLagVectorEnv
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.panel import Panel, Split
+from envs.portfolio import PortfolioVectorEnv, RegimeGuard
+from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import make_panel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +29,22 @@ TINY = LeadLagConfig(min_lookback=5, max_lookback=20, num_lookbacks=3, min_symbo
 DEAR = "institutional:commission_bps=20:sqrt_impact=0.1:borrow_rate=0.2:financing_rate=0.3:cash_rate=0.05"
 FILLS = ("next_open", "next_close", "same_close")
 ACTIONS = ("absolute", "delta", "hybrid")
+# Portfolio-v0: constraints of every kind; {groups} stands for a file
+CONSTRAINTS = {
+    "simplex": {},
+    "capped, no cash": {"cash": False, "asset_cap": 0.3},
+    "groups and leverage": {"leverage": True, "gross": 2.0, "asset_cap": 0.8, "groups": "{groups}", "group_cap": 0.7},
+    "long/short": {
+        "constraints": "long_short", "gross": 1.5, "net": 0.2, "asset_cap": 0.6, "groups": "{groups}", "group_cap": 0.8,
+        "leverage": True,
+    },
+    "changes": {"constraints": "long_short", "orders": "change"},
+    "changes, long": {"orders": "change", "overnight_gross": 0.5},
+}  # fmt: skip
+GUARD = RegimeGuard(
+    guard_drawdown=0.02, guard_return=-0.01, guard_window=7, guard_penalty=0.05, guard_turnover=0.4, guard_probe=0.3
+)
+PENALTIES = {"differential_sharpe": 0.1, "turnover": 0.1, "drawdown": 0.2, "cvar": 0.3, "variance": 0.4}
 
 # the same cases on every machine and in every run; pure-Python runs are slow, so no deadline
 settings.register_profile("cleanmarkets", deadline=None, derandomize=True, database=None)
@@ -46,6 +64,26 @@ def small_data(small_panel) -> LeadLagData:
 @pytest.fixture(scope="session")
 def ragged_data() -> LeadLagData:
     return LeadLagData(ragged_panel(0), TINY)
+
+
+@pytest.fixture(scope="session")
+def portfolios(tmp_path_factory) -> dict[str, PortfolioData]:
+    """Name in CONSTRAINTS -> tables over a ragged panel with a series per symbol and a global one, at high costs."""
+    groups = tmp_path_factory.mktemp("groups") / "groups.csv"
+    return {name: portfolio_data(name, ragged_with_series(), groups) for name in CONSTRAINTS}
+
+
+def portfolio_data(name: str, panel: Panel, groups: Path, **changes) -> PortfolioData:
+    groups.write_text("symbol,group\n" + "".join(f"{s},{'odd' if i % 2 else 'even'}\n" for i, s in enumerate(panel.symbols)))
+    config = {key: str(groups) if value == "{groups}" else value for key, value in CONSTRAINTS[name].items()}
+    return PortfolioData(panel, PortfolioConfig(**({"costs": DEAR} | config | changes)))
+
+
+def ragged_with_series() -> Panel:
+    panel, rng = ragged_panel(0), np.random.default_rng(1)
+    own, shared = rng.standard_normal(panel.close.shape), rng.standard_normal(panel.num_bars)
+    own[:70, 2] = np.nan
+    return replace(panel, extras={"forecast": own, "macro": shared})
 
 
 def ragged_panel(seed: int, bars: int = 120, symbols: int = 6) -> Panel:
@@ -92,16 +130,21 @@ def whole(panel: Panel) -> Split:
     return Split("test", np.array([[0, panel.num_bars]]))
 
 
-def make_env(data: LeadLagData, num_envs: int = 1, **kwargs) -> LeadLagVectorEnv:
-    return LeadLagVectorEnv(num_envs, data=data, **kwargs)
+def make_env(data: LeadLagData | PortfolioData, num_envs: int = 1, **kwargs) -> LeadLagVectorEnv | PortfolioVectorEnv:
+    kind = LeadLagVectorEnv if isinstance(data, LeadLagData) else PortfolioVectorEnv
+    return kind(num_envs, data=data, **kwargs)
 
 
 def random_actions(env, steps: int, seed: int = 0) -> np.ndarray:
-    """(steps, n) actions, masked ones among them."""
-    return np.random.default_rng(seed).integers(0, env.single_action_space.n, (steps, env.num_envs))
+    """(steps, n, ...) actions; masked ones among them, or scores of all sizes."""
+    rng = np.random.default_rng(seed)
+    if hasattr(env.single_action_space, "n"):
+        return rng.integers(0, env.single_action_space.n, (steps, env.num_envs))
+    sizes = rng.choice([0.3, 1.0, 3.0, 30.0], (steps, env.num_envs, 1))
+    return (rng.standard_normal((steps, *env.action_space.shape)) * sizes).clip(-10, 10).astype(np.float32)
 
 
-def rollout(env: LeadLagVectorEnv, actions: np.ndarray, seed: int | None = 0) -> dict[str, np.ndarray]:
+def rollout(env: LeadLagVectorEnv | PortfolioVectorEnv, actions: np.ndarray, seed: int | None = 0) -> dict[str, np.ndarray]:
     """All that the env says: name -> (steps, n, ...). `seen_obs`, `seen_mask`, `row`: what each action was decided on.
 
     `final_obs` and `final_mask` are zero where no episode ended. With seed None the env goes on from where it is.
@@ -114,9 +157,10 @@ def rollout(env: LeadLagVectorEnv, actions: np.ndarray, seed: int | None = 0) ->
         log["seen_obs"].append(obs)
         log["seen_mask"].append(mask)
         obs, reward, terminated, truncated, infos = env.step(action)
-        mask, done = infos["action_mask"], terminated | truncated
+        mask, done = infos.get("action_mask", mask), terminated | truncated
         step = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated, "mask": mask}
-        step |= {"record": infos["record"], "row": infos["decided_at"], "lookback": infos["lookback"]}
+        step |= {"record": infos["record"], "row": infos["decided_at"]}
+        step |= {name: infos[name] for name in ("lookback", "choice") if name in infos}
         step |= {f"component_{name}": values for name, values in infos["components"].items()}
         step["final_obs"] = np.where(done[:, None], infos.get("final_obs", obs), 0)
         step["final_mask"] = np.where(done[:, None], infos.get("final_action_mask", mask), False)
@@ -154,36 +198,38 @@ def run_python(*args: str, cwd: Path = ROOT, timeout: float = 300, **environment
     )
 
 
-def kernel_trace(data: LeadLagData, target: str, actions: str, num_envs: int = 6, steps: int = 90, threads: int = 1):
-    """name -> array: everything that the kernels of LeadLag-v0 wrote in every step, run on one target.
+def kernel_trace(data, target: str, actions: str = "", num_envs: int = 6, steps: int = 90, threads: int = 1):
+    """name -> array: everything that an environment's kernels wrote in every step, run on one target.
 
-    target: "serial", "parallel" or "cuda". Episodes are short, so that there are many autoresets.
+    target: "serial", "parallel" or "cuda". Episodes are short, so that there are many autoresets. `actions` is LeadLag-v0's.
     """
-    from envs import leadlag
-
-    env = make_env(
-        data, num_envs, split=whole(data.panel), actions=actions, episode_length=17, max_jump=1, num_threads=threads,
-        reward_weights={"strength": 0.3, "stability": 0.2, "extremity": 0.1, "jump": 0.05}, anneal_steps=70,
-        curriculum=(5, 12), curriculum_steps=50,
-    )  # fmt: skip
+    if isinstance(data, LeadLagData):
+        options = dict(
+            actions=actions, max_jump=1, reward_weights={"strength": 0.3, "stability": 0.2, "extremity": 0.1, "jump": 0.05},
+            anneal_steps=70, curriculum=(5, 12), curriculum_steps=50, episode_length=17,
+        )  # fmt: skip
+    else:
+        options = dict(guard=GUARD, reward_weights=PENALTIES, episode_length=25)
+    env = make_env(data, num_envs, split=whole(data.panel), num_threads=threads, **options)
     env.parallel = target == "parallel"
     if target == "cuda":
-        blocks = (2, (num_envs + 1) // 2)
-        env._reset_loops = (leadlag.reset_cuda[blocks],)
-        env._step_loops = (leadlag.step_cuda[blocks],)
+        module, blocks = sys.modules[type(env).__module__], (2, (num_envs + 1) // 2)
+        env._reset_loops = (module.reset_cuda[blocks],)
+        env._step_loops = (module.step_cuda[blocks],)
     env.reset(seed=11)
     log = defaultdict(list)
     for row in random_actions(env, steps, seed=5):
         env.step(row)
         for name, values in env._buffers._asdict().items():
-            log[name].append(values.copy())
+            if name != "scratch":
+                log[name].append(values.copy())
         log["weights"].append(env._memory.copy())
         for name in env._state.dtype.names:
             log[f"state_{name}"].append(env._state[name].copy())
     return {name: np.stack(values) for name, values in log.items()}
 
 
-def kernel_trace_in_process(data, path: Path, target: str, actions: str, **environment: str) -> dict[str, np.ndarray]:
+def kernel_trace_in_process(data, path: Path, target: str, actions: str = "", **environment: str) -> dict[str, np.ndarray]:
     """`kernel_trace` in a fresh interpreter, over the same tables."""
     source, out = path / "data.pickle", path / "trace.npz"
     source.write_bytes(pickle.dumps(data))

@@ -1,4 +1,7 @@
-"""One step, four targets: serial, parallel, pure Python and CUDA (simulated) write the same bits; and the disk cache works."""
+"""One step, four targets: serial, parallel, pure Python and CUDA (simulated) write the same bits; and the disk cache works.
+
+LeadLag-v0 by kind of action, Portfolio-v0 by kind of constraints.
+"""
 
 import shutil
 
@@ -6,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import (
     ACTIONS,
+    CONSTRAINTS,
     ROOT,
     assert_same_bits,
     kernel_trace,
@@ -15,6 +19,8 @@ from conftest import (
     run_python,
 )
 
+from envs.portfolio_tables import PortfolioData
+
 PURE_PYTHON = {"NUMBA_DISABLE_JIT": "1"}
 SIMULATOR = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
 
@@ -22,11 +28,12 @@ COMPILE = """
 import dataclasses, sys
 import conftest
 from numba.core.dispatcher import Dispatcher
-data = conftest.LeadLagData(conftest.ragged_panel(0), conftest.TINY)
-for number in (1, 16):
-    env = conftest.make_env(data, number, split=conftest.whole(data.panel))
-    env.reset(seed=0)
-    env.step([0] * number)
+panel = conftest.ragged_panel(0)
+for data in (conftest.LeadLagData(panel, conftest.TINY), conftest.PortfolioData(panel)):
+    for number in (1, 16):
+        env = conftest.make_env(data, number, split=conftest.whole(panel))
+        env.reset(seed=0)
+        env.step(conftest.random_actions(env, 1)[0])
 found = {id(f): f for name, m in list(sys.modules.items()) if name.startswith("envs") for f in vars(m).values()
          if isinstance(f, Dispatcher)}.values()
 print(sum(sum(f.stats.cache_misses.values()) for f in found), sum(sum(f.stats.cache_hits.values()) for f in found))
@@ -76,8 +83,49 @@ def test_simulated_cuda_equals_pure_python(ragged_data, pure_python, actions, tm
     assert_same_trace(kernel_trace_in_process(ragged_data, tmp_path, "cuda", actions, **SIMULATOR), pure_python[actions])
 
 
-def test_a_market_does_not_depend_on_how_many_others_run(small_data):
-    few, many = (make_env(small_data, n, episode_length=20) for n in (3, 40))
+PORTFOLIOS = ("groups and leverage", "long/short")  # every branch of the kernels, uncompiled
+
+
+@pytest.fixture(scope="module")
+def portfolios_serial(portfolios):
+    return {name: kernel_trace(portfolios[name], "serial") for name in CONSTRAINTS}
+
+
+@pytest.fixture(scope="module")
+def portfolios_pure_python(portfolios, tmp_path_factory):
+    return {
+        name: kernel_trace_in_process(portfolios[name], tmp_path_factory.mktemp("pure"), "serial", **PURE_PYTHON)
+        for name in PORTFOLIOS
+    }
+
+
+def test_portfolio_traces_hold_many_episodes_and_every_guard(portfolios_serial):
+    for trace in portfolios_serial.values():
+        assert trace["truncated"].sum() >= 18 and np.abs(trace["choice"]).sum() > 10
+        assert (trace["components"][..., :6] != 0).any(axis=(0, 1)).all()
+        assert (trace["components"][..., 6:].mean(axis=(0, 1)) > 0.01).all()
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_portfolio_parallel_equals_serial(portfolios, portfolios_serial, name, threads):
+    assert_same_trace(kernel_trace(portfolios[name], "parallel", threads=threads), portfolios_serial[name])
+
+
+@pytest.mark.parametrize("name", PORTFOLIOS)
+def test_portfolio_pure_python_equals_compiled(portfolios_serial, portfolios_pure_python, name):
+    assert_same_trace(portfolios_pure_python[name], portfolios_serial[name])
+
+
+@pytest.mark.parametrize("name", PORTFOLIOS)
+def test_portfolio_simulated_cuda_equals_pure_python(portfolios, portfolios_pure_python, name, tmp_path):
+    assert_same_trace(kernel_trace_in_process(portfolios[name], tmp_path, "cuda", **SIMULATOR), portfolios_pure_python[name])
+
+
+@pytest.mark.parametrize("kind", ("leadlag", "portfolio"))
+def test_a_market_does_not_depend_on_how_many_others_run(small_data, small_panel, kind):
+    data = small_data if kind == "leadlag" else PortfolioData(small_panel)
+    few, many = (make_env(data, n, episode_length=20) for n in (3, 40))
     assert not few.parallel and many.parallel
     chosen = random_actions(many, 60)
     few.reset(seed=9), many.reset(seed=9)

@@ -1,0 +1,554 @@
+"""Portfolio-v0: Gymnasium's rules, constraints, guards, rewards, what observations show, and that nothing leaks."""
+
+import warnings
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import (
+    CONSTRAINTS,
+    DEAR,
+    FILLS,
+    GUARD,
+    PENALTIES,
+    assert_same_bits,
+    assert_same_rollout,
+    make_env,
+    portfolio_data,
+    ragged_panel,
+    ragged_with_series,
+    random_actions,
+    rollout,
+    tampered,
+    whole,
+)
+from gymnasium.utils.env_checker import check_env
+
+from envs import ledger
+from envs.costs import EQUITY, GROSS_RETURN, INTEREST, NET_RETURN, RECORD, RUIN, TURNOVER
+from envs.panel import Panel, PanelError, Split
+from envs.portfolio import COMPONENTS, DSR_BARS, DSR_RATE, GUARDS, RATE, PortfolioEnv, PortfolioVectorEnv, RegimeGuard
+from envs.portfolio_references import closed_form, references, run, trading_rate, utility
+from envs.portfolio_tables import PORTFOLIO, WARMUP, PortfolioConfig, PortfolioData, held_overnight, load_groups
+from envs.synthetic import make_panel
+
+GP = "synthetic:garleanu-pedersen:bars=400:train=3:val=1:test=3"
+
+
+@pytest.fixture(scope="session")
+def calm_data(small_panel):
+    return PortfolioData(small_panel)
+
+
+def endless(data, num_envs=1, **options):
+    return make_env(data, num_envs, split=whole(data.panel), episode_length=0, random_start=False, **options)
+
+
+# --- Gymnasium
+
+
+def test_single_env_passes_gymnasiums_checker(calm_data):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_env(gym.make("Portfolio-v0", data=calm_data).unwrapped)
+    heard = [str(w.message) for w in caught if "infinity" not in str(w.message) and "normalized space" not in str(w.message)]
+    assert not heard
+
+
+def test_make_vec_gives_the_native_vector_env(calm_data):
+    env = gym.make_vec("Portfolio-v0", num_envs=3, data=calm_data)
+    assert isinstance(env.unwrapped, PortfolioVectorEnv)
+    obs, infos = env.reset(seed=0)
+    assert env.observation_space.contains(obs) and "action_mask" not in infos
+    assert env.observation_space.contains(env.step(env.action_space.sample())[0])
+
+
+@pytest.mark.parametrize("name", ("simplex", "long/short"))
+def test_market_i_at_seed_s_is_the_single_env_at_seed_s_plus_i(portfolios, name):
+    options = {"split": whole(portfolios[name].panel), "episode_length": 21, "guard": GUARD, "reward_weights": PENALTIES}
+    vector = make_env(portfolios[name], 4, **options)
+    chosen = random_actions(vector, 70, seed=1)
+    log = rollout(vector, chosen, seed=50)
+    assert log["truncated"].sum() >= 12
+    for i in range(4):
+        single = PortfolioEnv(data=portfolios[name], **options)
+        obs, _ = single.reset(seed=50 + i)
+        for n in range(len(chosen)):
+            assert_same_bits(obs, log["seen_obs"][n, i], "obs")
+            obs, reward, _, truncated, info = single.step(chosen[n, i])
+            assert reward == log["reward"][n, i] and truncated == log["truncated"][n, i]
+            assert_same_bits(info["record"], log["record"][n, i], "record")
+            assert_same_bits(info["choice"], log["choice"][n, i], "choice")
+            if truncated:
+                assert_same_bits(obs, log["final_obs"][n, i], "final_obs")
+                obs, _ = single.reset()
+
+
+def test_a_saved_state_goes_on_bit_for_bit(portfolios):
+    data = portfolios["long/short"]
+    one, other = (
+        make_env(data, 5, split=whole(data.panel), episode_length=23, guard=GUARD, reward_weights=PENALTIES) for _ in range(2)
+    )
+    chosen = random_actions(one, 60)
+    rollout(one, chosen[:30])
+    saved = one.get_state()
+    expected = rollout(one, chosen[30:], seed=None)
+    other.set_state(saved)
+    other._buffers.obs[:] = expected["seen_obs"][0]  # what a caller keeps for itself
+    assert_same_rollout(rollout(other, chosen[30:], seed=None), expected)
+
+
+def test_bad_arguments_are_named(calm_data):
+    for options, said in (
+        ({"reward_weights": {"profit": 1.0}}, "reward_weights.*log_growth"),
+        ({"cvar_alpha": 0.0}, "cvar_alpha=0.0"),
+        ({"gross": 2.0}, "gross.*PortfolioConfig"),
+        ({"split": "future"}, "split='future'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make_env(calm_data, **options)
+    env = make_env(calm_data, 2)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="actions: shape"):
+        env.step(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="finite"):
+        env.step(np.full(env.action_space.shape, np.nan))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("constraints", "anything"), ("orders", "maybe"), ("scale", -1.0), ("asset_cap", 0.0), ("gross", 0.0),
+        ("overnight_gross", 3.0), ("net", 0.5), ("group_cap", -0.1), ("fill", "yesterday"),
+    ],
+)  # fmt: skip
+def test_bad_configuration_is_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}="):
+        PortfolioConfig(**{field: value})
+
+
+# --- time
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("name", ("groups and leverage", "long/short", "changes, long"))
+def test_nothing_seen_or_earned_depends_on_later_bars(fill, name, tmp_path):
+    """Replace every bar and every series after row t at random: what was known, ordered and earned stays, to the bit."""
+    panel = ragged_with_series()
+    actions = random_actions(make_env(portfolio_data(name, panel, tmp_path / "groups.csv")), 50, seed=3)
+
+    def log_of(panel):
+        data = portfolio_data(name, panel, tmp_path / "groups.csv", fill=fill)
+        return rollout(endless(data, guard=GUARD, reward_weights=PENALTIES), actions)
+
+    expected = log_of(panel)
+    for t in (WARMUP + 4, WARMUP + 20, WARMUP + 41):
+        found = log_of(tampered(panel, t, np.random.default_rng(t)))
+        decided = expected["row"][:, 0]
+        for key in expected:
+            known = decided <= t if key in ("seen_obs", "choice", "row") else decided + 1 <= t
+            assert known.sum() > 3
+            assert_same_bits(found[key][known], expected[key][known], f"{key}, t={t}")
+        assert not np.array_equal(found["record"], expected["record"]), "the tampering changed nothing at all"
+
+
+# --- money
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_every_bar_adds_up(portfolios, name):
+    env = endless(portfolios[name], 1, guard=GUARD)
+    log = rollout(env, random_actions(env, 55))
+    record = log["record"][:, 0]
+    charges = record[:, GROSS_RETURN + 1 : INTEREST].sum(axis=1)
+    assert np.abs(record[:, NET_RETURN] - (record[:, GROSS_RETURN] - charges + record[:, INTEREST])).max() < 1e-12
+    assert np.allclose(record[:, EQUITY], np.cumprod(1 + record[:, NET_RETURN]), rtol=1e-12) and charges.max() > 0
+    assert_same_bits(log["reward"][:, 0], np.log(np.maximum(1 + record[:, NET_RETURN], RUIN)).astype(np.float32), "reward")
+
+
+def test_reward_components_recomputed(portfolios):
+    """Every component from the records alone, bar by bar, and their weighted sum."""
+    env = endless(portfolios["simplex"], 1, reward_weights=PENALTIES, cvar_alpha=0.1)
+    log = rollout(env, random_actions(env, 58, seed=4))
+    record = log["record"][:, 0]
+    mean = square = smooth = at_risk = 0.0
+    peak, total = 1.0, []
+    for n, row in enumerate(record):
+        r, expected = row[NET_RETURN], dict.fromkeys(COMPONENTS, 0.0)
+        expected["log_growth"] = np.log(1 + r)
+        if n + 1 > DSR_BARS:
+            top = square * (r - mean) - 0.5 * mean * (r * r - square)
+            expected["differential_sharpe"] = top / (square - mean**2) ** 1.5
+        rate = max(DSR_RATE, 1 / (n + 1))
+        mean, square = mean + rate * (r - mean), square + rate * (r * r - square)
+        expected["turnover"] = row[TURNOVER]
+        peak = max(peak, row[EQUITY])
+        expected["drawdown"] = 1 - row[EQUITY] / peak
+        expected["cvar"] = at_risk + max(0.0, -r - at_risk) / 0.1
+        smooth += RATE * (r * r - smooth)
+        at_risk += RATE * np.sqrt(smooth) * (1.0 if -r > at_risk else -0.1 / 0.9)
+        expected["variance"] = r * r
+        for name, value in expected.items():
+            assert log[f"component_{name}"][n, 0] == pytest.approx(value, abs=1e-12, rel=1e-9), (name, n)
+        total.append(expected["log_growth"] + 0.1 * expected["differential_sharpe"])
+        total[-1] -= sum(PENALTIES[name] * expected[name] for name in COMPONENTS[2:6])
+    assert np.allclose(log["reward"][:, 0], total, rtol=1e-5, atol=1e-7)
+
+
+# --- constraints
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_constraints_hold_for_random_actions(portfolios, name):
+    """170,000 orders a kind, a million in all, on a panel whose symbols come, go and halt; to 1e-9."""
+    data = portfolios[name]
+    env = make_env(data, 1700, split=whole(data.panel), episode_length=30)
+    env.reset(seed=0)
+    config, group = data.config, data.group
+    for actions in random_actions(env, 100, seed=8):
+        held, rows = env._memory[:, : data.panel.num_symbols].copy(), env._state.t.copy()
+        order = env.step(actions)[4]["choice"]
+        present = data.panel.present[rows]
+        assert np.isfinite(order).all()
+        assert_same_bits(order[~present], held[~present], "absent symbols")
+        budget = data.gross[rows]
+        if config.leverage:
+            budget = np.minimum(budget, np.maximum(0.0, 1.0 + actions[:, -1].astype(float)))
+        elif config.constraints == "long_only":
+            budget = np.minimum(budget, 1.0)
+        fixed, free = np.where(present, 0.0, held), np.where(present, order, 0.0)
+        left = np.maximum(0.0, budget - np.abs(fixed).sum(axis=1))
+        assert (np.abs(free).sum(axis=1) <= left + 1e-9).all() and (np.abs(free) <= config.asset_cap + 1e-9).all()
+        if config.constraints == "long_only":
+            assert (free >= 0).all()
+        elif config.net is not None:
+            low, high = -config.net - fixed.sum(axis=1), config.net - fixed.sum(axis=1)
+            reach = np.minimum(left, config.asset_cap * present.sum(axis=1))  # what nothing can mend is not broken further
+            net = free.sum(axis=1)
+            assert ((net <= high + 1e-9) | (high < -1e-9)).all() and ((net >= low - 1e-9) | (low > 1e-9)).all()
+            assert (np.abs(net) <= reach + 1e-9).all()
+        for g in range(len(data.groups)):
+            room = np.maximum(0.0, config.group_cap - np.abs(fixed[:, group == g]).sum(axis=1))
+            assert (np.abs(free[:, group == g]).sum(axis=1) <= room + 1e-9).all()
+
+
+def test_long_only_without_cash_is_fully_invested_where_caps_allow(portfolios):
+    data = portfolios["capped, no cash"]
+    env = make_env(data, 50, split=whole(data.panel), episode_length=30)
+    env.reset(seed=0)
+    for actions in random_actions(env, 40):
+        held, rows = env._memory[:, :6].copy(), env._state.t.copy()
+        order, present = env.step(actions)[4]["choice"], data.panel.present[rows]
+        left = np.maximum(0.0, 1 - np.abs(np.where(present, 0, held)).sum(axis=1))
+        assert np.allclose(np.where(present, order, 0).sum(axis=1), np.minimum(left, 0.3 * present.sum(axis=1)), atol=1e-9)
+
+
+def test_scores_of_zero(small_panel):
+    """Equal weights, cash included; or nothing; or no trade."""
+    n = small_panel.num_symbols
+
+    def order_of(score, **config):
+        env = make_env(PortfolioData(small_panel, PortfolioConfig(costs="zero", **config)))
+        env.reset(seed=0)
+        env.step(np.full(env.action_space.shape, score, np.float32))
+        held = env._memory[0, :n].copy()
+        return env.step(np.zeros(env.action_space.shape, np.float32))[4]["choice"][0], held
+
+    assert np.allclose(order_of(1.0)[0], 1 / (n + 1), atol=1e-12)
+    assert np.allclose(order_of(1.0, cash=False)[0], 1 / n, atol=1e-12)
+    assert (order_of(1.0, constraints="long_short")[0] == 0).all()
+    order, held = order_of(0.1, constraints="long_short", orders="change")
+    assert_same_bits(order, held, "no trade")
+    assert (held != 0).all()
+
+
+def test_unit_scores_ask_for_scale(small_panel):
+    for config, scale in (({"gross": 1.5}, 1.5 / 6), ({"gross": 1.5, "scale": 0.02}, 0.02)):
+        env = make_env(PortfolioData(small_panel, PortfolioConfig(constraints="long_short", **config)))
+        env.reset(seed=0)
+        score = np.array([[1, -1, 0.5, 0, 0, -0.5]], np.float32)
+        assert np.allclose(env.step(score)[4]["choice"], scale * score, atol=1e-15)
+    env = make_env(
+        PortfolioData(small_panel, PortfolioConfig(constraints="long_short", gross=100.0, asset_cap=50.0, scale=1.0))
+    )
+    env.reset(seed=0)
+    order = env.step(np.array([[99, -99, 10, 0, 0, 0]], np.float32))[4]["choice"][0]
+    assert order.tolist() == [10, -10, 10, 0, 0, 0], "scores beyond 10 count as 10"
+
+
+@pytest.mark.parametrize("head, budget", [(-3.0, 0.0), (-0.4, 0.6), (0.0, 1.0), (0.5, 1.5), (9.0, 2.0)])
+def test_leverage_head_sets_the_budget(small_panel, head, budget):
+    for config in ({"cash": False}, {"constraints": "long_short"}):
+        env = make_env(PortfolioData(small_panel, PortfolioConfig(leverage=True, gross=2.0, **config)))
+        env.reset(seed=0)
+        action = np.full(env.action_space.shape, 10.0, np.float32)
+        action[:, -1] = head
+        assert np.abs(env.step(action)[4]["choice"]).sum() == pytest.approx(budget, abs=1e-9)
+
+
+def hourly_panel():
+    """Three days of five bars."""
+    hours = [np.datetime64(f"2024-01-0{day}T{hour:02d}:00") for day in (1, 2, 3) for hour in range(10, 15)]
+    close = np.exp(np.cumsum(0.01 * np.random.default_rng(0).standard_normal((15, 2)), axis=0))
+    return Panel("hourly", np.array(hours, "datetime64[ns]"), ("A", "B"), close, open=close.copy())
+
+
+@pytest.mark.parametrize("fill, ahead", [("next_open", 2), ("next_close", 2), ("same_close", 1)])
+def test_held_overnight_by_hand(fill, ahead):
+    """Ordered at bar t, filled `ahead - 1` bars later, held to the next fill: overnight if that lies on another day."""
+    panel = hourly_panel()
+    found = held_overnight(panel, fill)
+    for t in range(15 - ahead):
+        assert found[t] == ((t + ahead) // 5 != (t + ahead - 1) // 5), t
+    assert found[15 - ahead :].all()
+    assert held_overnight(ragged_panel(0), fill).all()
+    gross = PortfolioData(panel, PortfolioConfig(fill=fill, gross=2.0, overnight_gross=0.5)).gross
+    assert np.array_equal(gross, np.where(found, 0.5, 2.0))
+
+
+def test_groups_file(tmp_path):
+    panel, path = ragged_panel(0), tmp_path / "groups.csv"
+    rows = [f"R{i},{'tech' if i < 4 else 'oil'}" for i in range(6)]
+    path.write_text("\n".join(["symbol,group", *rows, "XX,other"]))
+    names, index = load_groups(str(path), panel)
+    assert names == ("oil", "tech") and index.tolist() == [1, 1, 1, 1, 0, 0]
+    for lines, said in (
+        (["symbol,sector", *rows], "columns.*expected symbol and group"),
+        (["symbol,group", *rows, "R1,oil"], "data row 7: symbol 'R1'"),
+        (["symbol,group", *rows[1:]], r"no group for \['R0'\]"),
+        (["symbol,group", "R0,", *rows[1:]], r"no group for \['R0'\]"),
+    ):
+        path.write_text("\n".join(lines))
+        with pytest.raises(PanelError, match=said):
+            load_groups(str(path), panel)
+    with pytest.raises(PanelError, match="nowhere.csv"):
+        load_groups("nowhere.csv", panel)
+
+
+# --- guards
+
+
+def guarded(data, guard, steps=58, seed=6):
+    env = endless(data, 1, guard=guard)
+    return env, rollout(env, random_actions(env, steps, seed=seed) / 3)
+
+
+@pytest.mark.parametrize("name", ("simplex", "groups and leverage", "long/short"))
+def test_every_guard_fires_when_and_only_when_its_condition_holds(portfolios, name):
+    """Conditions recomputed from the records and from what the same scores order on an account without guards."""
+    data = portfolios[name]
+    env, log = guarded(data, GUARD)
+    record, n = log["record"][:, 0], data.panel.num_symbols
+    equity = np.append(1.0, record[:, EQUITY])
+    drawdown = 1 - equity / np.maximum.accumulate(equity)
+    growth = np.log1p(record[:, NET_RETURN])
+    free = endless(data, 1)
+    fired = {guard: log[f"component_{guard}"][:, 0] for guard in GUARDS}
+    replay = endless(data, 1, guard=GUARD)
+    replay.reset(seed=0), free.reset(seed=0)
+    for step, action in enumerate(random_actions(env, 58, seed=6) / 3):
+        assert fired["guard_drawdown"][step] == (drawdown[step] >= GUARD.guard_drawdown), step
+        full = step >= GUARD.guard_window
+        lossy = full and growth[step - GUARD.guard_window : step].sum() < np.log1p(GUARD.guard_return)
+        assert fired["guard_return"][step] == lossy, step
+        held = replay._memory[0, :n].copy()
+        free._memory[0, :n], free._state.t, free._state.equity = held, replay._state.t, 1.0
+        asked = free.step(action)[4]["choice"][0]
+        assert fired["guard_turnover"][step] == (np.abs(asked - held).sum() > GUARD.guard_turnover), step
+        replay.step(action)
+    for guard in GUARDS:
+        assert 0 < fired[guard].mean() < 1, f"{guard} fires always or never: nothing was tested"
+
+
+def test_guards_at_their_threshold(small_panel):
+    """Turnover equal to the limit passes; a drawdown equal to the limit fires."""
+    data = PortfolioData(small_panel, PortfolioConfig(costs="zero", constraints="long_short", scale=0.25, gross=2.0))
+    score = np.array([[1, 1, 0, 0, 0, 0]], np.float32)  # turnover of exactly 0.5 from cash
+    for limit, part in ((0.5, 1.0), (np.nextafter(0.5, 0), 0.1)):
+        env = make_env(data, guard=RegimeGuard(guard_turnover=limit, guard_probe=0.1))
+        env.reset(seed=0)
+        assert np.allclose(env.step(score)[4]["choice"], part * 0.25 * score, atol=1e-15)
+    env = make_env(data, guard=RegimeGuard(guard_drawdown=0.25, guard_scale=0.5))
+    for equity, part in ((0.75, 0.5), (np.nextafter(0.75, 1), 1.0)):
+        env.reset(seed=0)
+        env._state.equity = equity
+        infos = env.step(score)[4]
+        assert np.allclose(infos["choice"], part * 0.25 * score, atol=1e-15)
+        assert infos["components"]["guard_drawdown"] == (part < 1)
+
+
+def test_return_guard_drops_small_trades_and_shrinks_large_ones(small_panel):
+    data = PortfolioData(small_panel, PortfolioConfig(costs="zero", constraints="long_short", scale=1.0, gross=2.0))
+    env = make_env(data, guard=RegimeGuard(guard_return=-0.01, guard_window=2, guard_penalty=0.1))
+    env.reset(seed=0)
+    nothing = np.zeros((1, 6), np.float32)
+    env.step(nothing), env.step(nothing)
+    score = np.array([[0.05, -0.05, 0.3, -0.3, 0.1, 0]], np.float32)
+    calm = env.step(score)[4]
+    assert calm["components"]["guard_return"] == 0 and np.allclose(calm["choice"], score, atol=1e-7)
+    env.reset(seed=0)
+    env.step(nothing), env.step(nothing)
+    env._state.window_growth = np.log(0.98)
+    found = env.step(score)[4]
+    assert found["components"]["guard_return"] == 1
+    assert np.allclose(found["choice"], [[0, 0, 0.2, -0.2, 0, 0]], atol=1e-7)
+
+
+def test_guards_that_are_off_change_nothing(portfolios):
+    data = portfolios["long/short"]
+    free = guarded(data, None)[1]
+    far = RegimeGuard(guard_drawdown=1.0, guard_return=-1.0, guard_turnover=1e9)
+    assert_same_rollout(guarded(data, far)[1], free)
+    for component in GUARDS:
+        assert not free[f"component_{component}"].any()
+
+
+def test_hit_rates_are_in_the_ledger(calm_data):
+    split = calm_data.panel.split()["test"]
+    policy = lambda obs, *_: np.tile(np.sin(obs[:, :1] * 7), (1, 7)).astype(np.float32) * np.arange(7)  # noqa: E731
+    guard = RegimeGuard(guard_turnover=0.3, guard_drawdown=0.05)
+    frame = run(calm_data, split, policy, guard=guard)
+    assert tuple(frame.columns) == ("split", "market", "timestamp", *RECORD, *GUARDS, "action")
+    assert set(np.unique(frame[list(GUARDS)])) == {0.0, 1.0} and not frame["guard_return"].any()
+    for _, market in frame.groupby("market"):
+        equity = np.append(1.0, market["equity"].to_numpy())
+        below = equity[:-1] <= np.maximum.accumulate(equity)[:-1] * 0.95
+        assert_same_bits(market["guard_drawdown"].to_numpy(), below.astype(float), "guard_drawdown")
+    ordered = np.stack(frame["action"].to_numpy())
+    assert (
+        ordered.shape == (len(frame), 6)
+        and (ordered >= 0).all()
+        and np.allclose(frame["gross_exposure"], ordered.sum(axis=1), atol=1e-9)
+    )
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("guard_drawdown", -0.1), ("guard_scale", 2.0), ("guard_return", -2.0), ("guard_window", 0), ("guard_penalty", -1.0),
+     ("guard_turnover", -1.0), ("guard_probe", 1.5)],
+)  # fmt: skip
+def test_bad_guards_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}="):
+        RegimeGuard(**{field: value})
+
+
+# --- observations
+
+
+def test_observation_holds_what_the_layout_says(portfolios):
+    data = portfolios["long/short"]
+    panel, layout = data.panel, data.layout
+    spans = sorted((s.start, s.stop) for s in layout.values())
+    assert spans[0][0] == 0 and spans[-1][1] == data.observation_size
+    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
+    env = endless(data, 1)
+    log = rollout(env, random_actions(env, 40) / 3)
+    assets = log["obs"][:, 0, layout["assets"]].reshape(40, panel.num_symbols, len(data.features))
+    after = log["row"][:, 0] + 1
+    own = np.nan_to_num(panel.extras["forecast"][after]).astype(np.float32)
+    assert_same_bits(assets[:, :, data.features.index("forecast")], own, "series per symbol")
+    assert_same_bits(assets[:, :, data.features.index("present")], panel.present[after].astype(np.float32), "present")
+    assert_same_bits(log["obs"][:, 0, layout["series"]][:, 0], panel.extras["macro"][after].astype(np.float32), "global series")
+    weights, drift = log["obs"][:, 0, layout["weights"]], log["obs"][:, 0, layout["drift"]]
+    assert np.allclose(drift, weights - log["choice"][:, 0], atol=1e-6) and np.abs(drift).max() > 1e-4
+    portfolio = dict(zip(PORTFOLIO, log["obs"][:, 0, layout["portfolio"]].T))
+    record = log["record"][:, 0]
+    assert np.allclose(portfolio["gross"], np.abs(weights).sum(axis=1), atol=1e-6)
+    assert np.allclose(portfolio["net"], weights.sum(axis=1), atol=1e-6)
+    peak = np.maximum.accumulate(np.append(1.0, record[:, EQUITY]))[1:]
+    assert np.allclose(portfolio["drawdown"], record[:, EQUITY] / peak - 1, atol=1e-6)
+    assert np.allclose(portfolio["turnover"], record[:, TURNOVER], atol=1e-6)
+    assert np.allclose(portfolio["gross_cap"], data.gross[after])
+    mean = square = 0.0
+    for n, r in enumerate(record[:, NET_RETURN]):
+        mean, square = mean + RATE * (r - mean), square + RATE * (r * r - square)
+        assert portfolio["mean_return"][n] == pytest.approx(mean, abs=1e-7)
+        assert portfolio["volatility"][n] == pytest.approx(np.sqrt(square - mean**2), abs=1e-7)
+
+
+def test_decisions_wait_for_the_features_windows(calm_data):
+    for split in calm_data.panel.split().values():
+        starts = calm_data.market(split).starts
+        assert (starts >= split.ranges[:, 0] + WARMUP).all(), "each range is a history of its own here"
+    panel = ragged_panel(0)
+    with pytest.raises(ValueError, match=f"rows 0..49 hold no bar.*more than {WARMUP} bars"):
+        PortfolioData(panel).market(Split("test", np.array([[0, 50]])))
+
+
+# --- references
+
+
+@pytest.mark.parametrize("risk_aversion, cost, reversion", [(40.0, 150.0, 0.2), (5.0, 20.0, 0.03), (1.0, 0.5, 1.0)])
+def test_closed_form_solves_the_control_problem(risk_aversion, cost, reversion):
+    """Against the Riccati recursion of the same problem: state (weight, factor), control: the trade; variance 1."""
+    a, b = np.array([[1, 0], [0, 1 - reversion]]), np.array([[1.0], [0]])
+    q = np.array([[risk_aversion / 2, -0.5], [-0.5, 0]])
+    cross = np.array([[risk_aversion / 2], [-0.5]])
+    value = np.zeros((2, 2))
+    for _ in range(20_000):
+        h, g = (cost + risk_aversion) / 2 + b.T @ value @ b, cross.T + b.T @ value @ a
+        value = q + a.T @ value @ a - g.T @ np.linalg.solve(h, g)
+    trade = -np.linalg.solve(h, g)[0]
+    share, pull = trading_rate(risk_aversion, np.array(cost))
+    aim = 1 / risk_aversion / (1 + reversion * pull / risk_aversion)
+    assert np.allclose(trade, [-share, share * aim], rtol=1e-6)
+
+
+def test_closed_form_is_the_best_of_its_neighbours():
+    panel = make_panel(GP, 1)
+    data = PortfolioData(panel, PortfolioConfig("zero:quadratic_impact_bps=75"))
+    split = panel.split()["test"]
+    market = data.market(split)
+    best = closed_form(data, market.starts, 40.0)
+
+    def utility_of(targets):
+        frame = ledger.backtest_weights(panel, data.execution, market.rates, split, targets, market.starts)
+        return utility(frame, 40.0, panel.bars_per_year)
+
+    top = utility_of(best)
+    assert top > 0.1 and all(utility_of(k * best) < top for k in (0.7, 1.4))
+    later = np.roll(best, 3, axis=0)
+    assert utility_of(later) < 0.9 * top
+    found = references(data, split, 40.0)
+    assert set(found) == {"equal weight", "closed form"}
+    assert utility(found["closed form"], 40.0, panel.bars_per_year) == pytest.approx(top)
+
+
+def test_merton_fraction():
+    panel = make_panel("synthetic:merton:bars=300:train=1:val=1:test=1:drift=0.004:vol=0.05", 0)
+    data = PortfolioData(panel, PortfolioConfig("zero:cash_rate=0.1"))
+    found = closed_form(data, np.array([WARMUP]), 2.0)
+    years = panel.bar_years[100]
+    assert found[100, 0] == pytest.approx((0.004 - 0.1 * years) / (2 * 0.05**2))
+
+
+def test_difference_is_paired_and_honest(calm_data):
+    split = calm_data.panel.split()["test"]
+    frames = references(calm_data, split, 1.0)
+    base = frames["equal weight"]
+    gained = base.assign(net_return=(1 + base["net_return"]) * np.exp(0.001) - 1)
+    gain, low, high, _ = ledger.difference(gained, base, 252.0)
+    assert gain == pytest.approx(0.252) and low == pytest.approx(gain) == high, "a constant gain has no error"
+    noise = np.random.default_rng(0).standard_normal(len(base)) * 0.001
+    gain, low, high, how = ledger.difference(base.assign(net_return=base["net_return"] + noise - noise.mean()), base, 252.0)
+    assert low < 0 < high and "bootstrap" in how or "resampled" in how
+    assert ledger.difference(base, base, 252.0)[:3] == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="different bars"):
+        ledger.difference(base, base.iloc[1:], 252.0)
+
+
+def test_series_after_the_first_publication_only(tmp_path):
+    """A panel without extra series sees none; one with them has them in place."""
+    bare, rich = PortfolioData(ragged_panel(0)), PortfolioData(ragged_with_series())
+    assert rich.observation_size == bare.observation_size + 6 + 1
+    assert rich.features == (*bare.features, "forecast") and rich.describe()["extras"] == ["forecast", "macro"]
+    held = replace(ragged_with_series(), extras={})
+    assert PortfolioData(held).observation_size == bare.observation_size
+
+
+def test_costs_are_charged(small_panel):
+    dear, free = (PortfolioData(small_panel, PortfolioConfig(costs=costs)) for costs in (DEAR, "zero"))
+    actions = random_actions(make_env(dear, 4), 80)
+    paid, spared = (rollout(make_env(data, 4), actions)["reward"].sum() for data in (dear, free))
+    assert paid < spared - 1
