@@ -53,7 +53,7 @@ class RegimeGuard:
 
     def __post_init__(self):
         for name, low, high in (
-            ("guard_drawdown", 0, 1), ("guard_scale", 0, 1), ("guard_return", -1, np.inf), ("guard_window", 1, np.inf),
+            ("guard_drawdown", 0, 1), ("guard_scale", 0, 1), ("guard_return", -0.99, np.inf), ("guard_window", 1, np.inf),
             ("guard_penalty", 0, np.inf), ("guard_turnover", 0, np.inf), ("guard_probe", 0, 1),
         ):  # fmt: skip
             value = getattr(self, name)
