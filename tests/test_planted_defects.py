@@ -6,14 +6,25 @@ import shutil
 import pytest
 from conftest import ROOT, run_python
 
-TESTS = ("conftest.py", "test_costs.py", "test_features.py", "test_leadlag.py")
+TESTS = (
+    "conftest.py",
+    "test_costs.py",
+    "test_features.py",
+    "test_leadlag.py",
+    "test_panel.py",
+    "test_portfolio.py",
+    "test_series.py",
+)
 LEAK_IN_FEATURES = "test_features.py::test_no_feature_and_no_target_uses_a_later_bar[xcorr]"
 LEAK_IN_ENV = "test_leadlag.py::test_nothing_seen_or_earned_depends_on_later_bars[same_close]"
 CASH = "test_costs.py::test_cash_costs_nothing"
 DRIFT = "test_costs.py::test_turnover_is_measured_against_drifted_weights"
 FILL = "test_costs.py::test_fills_by_hand[next_open-price0-status0]"
 REWARD = "test_leadlag.py::test_reward_is_log_growth_after_costs_by_default"
-NODES = (LEAK_IN_FEATURES, LEAK_IN_ENV, CASH, DRIFT, FILL, REWARD)
+LEAK_IN_PORTFOLIO = "test_portfolio.py::test_nothing_seen_or_earned_depends_on_later_bars[long/short-next_close]"
+GUARD_AT_THRESHOLD = "test_portfolio.py::test_guards_at_their_threshold"
+LAG = "test_series.py::test_the_default_lag_is_one_bar"
+NODES = (LEAK_IN_FEATURES, LEAK_IN_ENV, CASH, DRIFT, FILL, REWARD, LEAK_IN_PORTFOLIO, GUARD_AT_THRESHOLD, LAG)
 
 # name -> file, the text to be replaced, what replaces it, the tests that must notice
 DEFECTS = {
@@ -22,6 +33,30 @@ DEFECTS = {
         "lead += x[t, order[n - 1 - q]]",
         "lead += x[min(t + 1, rows - 1), order[n - 1 - q]]",
         (LEAK_IN_FEATURES, LEAK_IN_ENV),
+    ),
+    "a symbol's trend includes the next bar": (
+        "features.py",
+        "    row = np.arange(len(x))\n",
+        "    x = np.roll(x, -1, axis=0)\n    row = np.arange(len(x))\n",
+        (LEAK_IN_PORTFOLIO,),
+    ),
+    "a portfolio sees the bar that fills it": (
+        "portfolio.py",
+        "    t = s.t\n    for e in range(features):",
+        "    t = min(s.t + 1, len(m.assets) - 1)\n    for e in range(features):",
+        (LEAK_IN_PORTFOLIO,),
+    ),
+    "a guard ignores its threshold": (
+        "portfolio.py",
+        "    fallen = s.equity <= s.peak * (1.0 - p.guard_drawdown)\n",
+        "    fallen = s.equity < s.peak\n",
+        (GUARD_AT_THRESHOLD,),
+    ),
+    "a series is seen one bar before its lag is over": (
+        "series.py",
+        "rows = np.arange(panel.num_bars) - min(lag, panel.num_bars)",
+        "rows = np.arange(panel.num_bars) - max(0, min(lag, panel.num_bars) - 1)",
+        (LAG,),
     ),
     "cash pays costs": (
         "costs.py",
