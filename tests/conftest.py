@@ -32,7 +32,7 @@ ACTIONS = ("absolute", "delta", "hybrid")
 # Portfolio-v0: constraints of every kind; {groups} stands for a file
 CONSTRAINTS = {
     "simplex": {},
-    "capped, no cash": {"cash": False, "asset_cap": 0.3},
+    "capped, no cash": {"cash": False, "asset_cap": 0.3, "gross": 2.0},
     "groups and leverage": {"leverage": True, "gross": 2.0, "asset_cap": 0.8, "groups": "{groups}", "group_cap": 0.7},
     "long/short": {
         "constraints": "long_short", "gross": 1.5, "net": 0.2, "asset_cap": 0.6, "groups": "{groups}", "group_cap": 0.8,
