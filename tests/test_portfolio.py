@@ -368,7 +368,12 @@ def test_guards_at_their_threshold(small_panel):
     for limit, part in ((0.5, 1.0), (np.nextafter(0.5, 0), 0.1)):
         env = make_env(data, guard=RegimeGuard(guard_turnover=limit, guard_probe=0.1))
         env.reset(seed=0)
-        assert np.allclose(env.step(score)[4]["choice"], part * 0.25 * score, atol=1e-15)
+        infos = env.step(score)[4]
+        assert np.allclose(infos["choice"], part * 0.25 * score, atol=1e-15)
+        assert infos["components"]["guard_turnover"] == (part < 1)
+    held = env._memory[0, :6].copy()
+    order = env.step(-4 * score)[4]["choice"][0]
+    assert np.allclose(order, held + 0.1 * (-score[0] - held), atol=1e-15), "a part of the way from what is held"
     env = make_env(data, guard=RegimeGuard(guard_drawdown=0.25, guard_scale=0.5))
     for equity, part in ((0.75, 0.5), (np.nextafter(0.75, 1), 1.0)):
         env.reset(seed=0)
