@@ -199,11 +199,12 @@ def test_reward_components_recomputed(portfolios):
 # --- constraints
 
 
+@pytest.mark.parametrize("guard", (None, GUARD), ids=("free", "guarded"))
 @pytest.mark.parametrize("name", CONSTRAINTS)
-def test_constraints_hold_for_random_actions(portfolios, name):
-    """170,000 orders a kind, a million in all, on a panel whose symbols come, go and halt; to 1e-9."""
+def test_constraints_hold_for_random_actions(portfolios, name, guard):
+    """85,000 orders a kind, a million in all, on a panel whose symbols come, go and halt; to 1e-9."""
     data = portfolios[name]
-    env = make_env(data, 1700, split=whole(data.panel), episode_length=30)
+    env = make_env(data, 850, split=whole(data.panel), episode_length=30, guard=guard)
     env.reset(seed=0)
     config, group = data.config, data.group
     for actions in random_actions(env, 100, seed=8):
@@ -513,8 +514,7 @@ def test_closed_form_is_the_best_of_its_neighbours():
 
     top = utility_of(best)
     assert top > 0.1 and all(utility_of(k * best) < top for k in (0.7, 1.4))
-    later = np.roll(best, 3, axis=0)
-    assert utility_of(later) < 0.9 * top
+    assert all(utility_of(np.roll(best, bars, axis=0)) < 0.99 * top for bars in (-1, 1)), "a bar early, a bar late"
     found = references(data, split, 40.0)
     assert set(found) == {"equal weight", "closed form"}
     assert utility(found["closed form"], 40.0, panel.bars_per_year) == pytest.approx(top)
