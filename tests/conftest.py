@@ -28,6 +28,8 @@ DEAR = "institutional:commission_bps=20:sqrt_impact=0.1:borrow_rate=0.2:financin
 FILLS = ("next_open", "next_close", "same_close")
 ACTIONS = ("absolute", "delta", "hybrid")
 
+pytest.register_assert_rewrite("scripts")
+
 # the same cases on every machine and in every run; pure-Python runs are slow, so no deadline
 settings.register_profile("cleanmarkets", deadline=None, derandomize=True, database=None)
 settings.load_profile("cleanmarkets")
