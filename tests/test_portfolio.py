@@ -28,17 +28,12 @@ from gymnasium.utils.env_checker import check_env
 from envs import ledger
 from envs.costs import EQUITY, GROSS_RETURN, INTEREST, NET_RETURN, RECORD, RUIN, TURNOVER
 from envs.panel import Panel, PanelError, Split
-from envs.portfolio import COMPONENTS, DSR_BARS, DSR_RATE, GUARDS, RATE, PortfolioEnv, PortfolioVectorEnv, RegimeGuard
+from envs.portfolio import COMPONENTS, DSR_BARS, DSR_RATE, GUARDS, RATE, PortfolioVectorEnv, RegimeGuard
 from envs.portfolio_references import closed_form, references, run, trading_rate, utility
 from envs.portfolio_tables import PORTFOLIO, WARMUP, PortfolioConfig, PortfolioData, held_overnight, load_groups
 from envs.synthetic import make_panel
 
 GP = "synthetic:garleanu-pedersen:bars=400:train=3:val=1:test=3"
-
-
-@pytest.fixture(scope="session")
-def calm_data(small_panel):
-    return PortfolioData(small_panel)
 
 
 def endless(data, num_envs=1, **options):
@@ -62,41 +57,6 @@ def test_make_vec_gives_the_native_vector_env(calm_data):
     obs, infos = env.reset(seed=0)
     assert env.observation_space.contains(obs) and "action_mask" not in infos
     assert env.observation_space.contains(env.step(env.action_space.sample())[0])
-
-
-@pytest.mark.parametrize("name", ("simplex", "long/short"))
-def test_market_i_at_seed_s_is_the_single_env_at_seed_s_plus_i(portfolios, name):
-    options = {"split": whole(portfolios[name].panel), "episode_length": 21, "guard": GUARD, "reward_weights": PENALTIES}
-    vector = make_env(portfolios[name], 4, **options)
-    chosen = random_actions(vector, 70, seed=1)
-    log = rollout(vector, chosen, seed=50)
-    assert log["truncated"].sum() >= 12
-    for i in range(4):
-        single = PortfolioEnv(data=portfolios[name], **options)
-        obs, _ = single.reset(seed=50 + i)
-        for n in range(len(chosen)):
-            assert_same_bits(obs, log["seen_obs"][n, i], "obs")
-            obs, reward, _, truncated, info = single.step(chosen[n, i])
-            assert reward == log["reward"][n, i] and truncated == log["truncated"][n, i]
-            assert_same_bits(info["record"], log["record"][n, i], "record")
-            assert_same_bits(info["choice"], log["choice"][n, i], "choice")
-            if truncated:
-                assert_same_bits(obs, log["final_obs"][n, i], "final_obs")
-                obs, _ = single.reset()
-
-
-def test_a_saved_state_goes_on_bit_for_bit(portfolios):
-    data = portfolios["long/short"]
-    one, other = (
-        make_env(data, 5, split=whole(data.panel), episode_length=23, guard=GUARD, reward_weights=PENALTIES) for _ in range(2)
-    )
-    chosen = random_actions(one, 60)
-    rollout(one, chosen[:30])
-    saved = one.get_state()
-    expected = rollout(one, chosen[30:], seed=None)
-    other.set_state(saved)
-    other._buffers.obs[:] = expected["seen_obs"][0]  # what a caller keeps for itself
-    assert_same_rollout(rollout(other, chosen[30:], seed=None), expected)
 
 
 def test_bad_arguments_are_named(calm_data):
