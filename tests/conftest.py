@@ -75,6 +75,20 @@ def portfolios(tmp_path_factory) -> dict[str, PortfolioData]:
     return {name: portfolio_data(name, ragged_with_series(), groups) for name in CONSTRAINTS}
 
 
+@pytest.fixture(scope="session")
+def calm_data(small_panel) -> PortfolioData:
+    return PortfolioData(small_panel)
+
+
+@pytest.fixture(params=(*ACTIONS, "simplex", "long/short"))
+def market(request, small_data, portfolios) -> tuple[LeadLagData | PortfolioData, dict]:
+    """Tables and options of an environment of each kind: LeadLag-v0 by action, Portfolio-v0 by constraints."""
+    if request.param in ACTIONS:
+        return small_data, {"actions": request.param, "max_jump": 1, "reward_weights": {"strength": 1.0}}
+    data = portfolios[request.param]
+    return data, {"split": whole(data.panel), "guard": GUARD, "reward_weights": PENALTIES}
+
+
 def portfolio_data(name: str, panel: Panel, groups: Path, **changes) -> PortfolioData:
     groups.write_text("symbol,group\n" + "".join(f"{s},{'odd' if i % 2 else 'even'}\n" for i, s in enumerate(panel.symbols)))
     config = {key: str(groups) if value == "{groups}" else value for key, value in CONSTRAINTS[name].items()}
