@@ -23,6 +23,7 @@ from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import make_panel
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("CLEANMARKETS_DATA", ROOT.parent / "shared" / "data"))  # real prices, no part of the project
 SMALL = "synthetic:leadlag:bars=400:train=2:val=1:test=2:assets=6:leaders=2:followers=2"
 CONFIG = LeadLagConfig(max_lookback=60, num_lookbacks=5)
 TINY = LeadLagConfig(min_lookback=5, max_lookback=20, num_lookbacks=3, min_symbols=3, min_coverage=0.7)
