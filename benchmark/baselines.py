@@ -167,11 +167,14 @@ def main(args: Args) -> int:
     return 1 if failed else 0
 
 
-if __name__ == "__main__":
-    config = (tyro.conf.OmitArgPrefixes,)
-    description = f"{__doc__}\n{NAMES}"
-    args = tyro.cli(Args, description=description, config=config)
+def parse(arguments: list[str] | None = None) -> Args:
+    options = dict(args=arguments, description=f"{__doc__}\n{NAMES}", config=(tyro.conf.OmitArgPrefixes,))
+    args = tyro.cli(Args, **options)
     for market, settings in KNOWN.items():
         if args.market.startswith(market):
-            args = tyro.cli(Args, description=description, default=dataclasses.replace(Args(), **settings), config=config)
-    sys.exit(main(args))
+            args = tyro.cli(Args, default=dataclasses.replace(Args(), **settings), **options)
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse()))

@@ -195,7 +195,7 @@ def momentum(s: Setting, losers: float = 0.0) -> np.ndarray:
         size = min(max(1, round(TOP * len(ranked))), len(ranked) // 2)
         targets[t] = 0.0
         targets[t, ranked[-size:]] = (1.0 - losers) / size
-        targets[t, ranked[:size]] = -losers / size
+        targets[t, ranked[:size]] = 0.0 - losers / size
     return targets
 
 
@@ -250,7 +250,7 @@ def fitted(estimator, x: np.ndarray) -> np.ndarray:
 
 
 def kelly_lite(s: Setting) -> np.ndarray:
-    """half the Kelly weight of each symbol, gross at most 1; only where the edge is significant and pays the round trip"""
+    """half the Kelly weight of each symbol, gross at most 1, where the edge is significant and pays the round trip"""
     costs, targets = s.data.costs, s.no_orders()
     one_way = 1e-4 * (costs.commission_bps + costs.half_spread_bps + costs.slippage_bps + costs.linear_impact_bps)
     s.notes |= {"orders": 0, "edge_gated": 0, "spread_gated": 0}
@@ -259,8 +259,8 @@ def kelly_lite(s: Setting) -> np.ndarray:
         mean, variance = x.mean(axis=0), np.where(enough, x.var(axis=0, ddof=1), 1.0)
         edge = enough & (np.abs(mean) >= s.config.kelly_t * np.sqrt(variance / len(x)))
         pays = np.abs(mean) * s.config.refit_every > 2.0 * one_way
-        weights = np.where(edge, s.config.kelly_fraction * mean / variance, 0.0)
-        weights /= max(1.0, np.abs(weights).sum())
+        weights = np.where(edge, np.clip(s.config.kelly_fraction * mean / variance, -1.0, 1.0), 0.0)
+        weights /= max(1.0, np.abs(weights).sum())  # what is held without an order counts too: gross stays near 1
         targets[t] = np.where(edge & ~pays, np.nan, weights)  # not worth a trade: what is held stays
         s.notes["orders"] += int((edge & pays).sum())
         s.notes["edge_gated"] += int((enough & ~edge).sum())
