@@ -89,11 +89,13 @@ def test_every_rule_runs_pays_and_adds_up(which, request):
     assert len({values.tobytes() for values in ledgers.values()}) == len(names)  # no two rules are the same
 
 
-@pytest.mark.parametrize("fill", FILLS)
-def test_no_order_and_no_money_depends_on_later_bars(fill, orders):
+@pytest.mark.parametrize("fill, at", (*((fill, "a fit") for fill in FILLS), ("next_open", "a new month")))
+def test_no_order_and_no_money_depends_on_later_bars(fill, at, orders):
     panel = ragged_panel(1, bars=240)
-    t = int(panel.split(embargo=5)["test"].ranges[0, 0]) + 21  # just after a refit
     s = setting(panel, fill=fill, plan=orders)
+    t = int(s.starts["test"][0]) + 20
+    if at == "a new month":
+        t = next(row for row in s.monthly() if row > t - 10)
     names = rules.applicable(s)
     before = {name: (rules.RULES[name](s), baselines.backtest(name, s)["test"]) for name in names}
     for seed in range(2):
@@ -102,7 +104,7 @@ def test_no_order_and_no_money_depends_on_later_bars(fill, orders):
             assert_same_bits(rules.RULES[name](s)[: t + 1], targets[: t + 1], f"{name}: orders up to bar t")
             after = baselines.backtest(name, s)["test"]
             seen = frame["timestamp"] <= panel.timestamps[t]
-            assert 15 < seen.sum() < len(frame)
+            assert 8 < seen.sum() < len(frame)
             money = list(RECORD)
             assert frame.loc[seen, money].equals(after.loc[seen, money]), f"{name}: money up to bar t"
             assert not frame.loc[~seen, money].equals(after.loc[~seen, money]), f"{name}: nothing was changed"
@@ -149,6 +151,10 @@ def test_buy_and_hold_trades_once(small, ragged):
             first = frame.groupby("market").cumcount() == 0
             assert (frame.loc[first, "turnover"] > 0.5).all()
             assert (frame.loc[~first & ~closed, TRADING] == 0.0).all().all()
+    gone = closes(ragged, decided(ragged, "train"))
+    assert gone.any()  # a delisted holding is closed without an order
+    frame = baselines.backtest("buy-and-hold", ragged)["train"]
+    assert (frame.loc[gone, "turnover"] > 0).all() and (frame.loc[gone, "commission"] > 0).all()
     s, panel = setting(small.panel, "zero"), small.panel
     frame = baselines.backtest("buy-and-hold", s)["val"]
     a, b = s.starts["val"][0], s.splits["val"].ranges[0, 1]
@@ -178,7 +184,9 @@ def test_monthly_orders_fall_on_the_first_bar_of_a_month(ragged, small):
         assert targets[rows].sum(axis=1) == pytest.approx(1.0)
 
 
-def test_random_is_of_the_simplex_and_of_the_seed(ragged):
+def test_random_is_of_the_simplex_and_of_the_seed(ragged, small):
+    weights = rules.RULES["random"](small)
+    assert (weights**2).mean() == pytest.approx(2 / (6 * 7), rel=0.03)  # Dirichlet of six ones
     targets = rules.RULES["random"](ragged)
     assert targets.sum(axis=1) == pytest.approx(1.0) and ((targets > 0) == ragged.panel.present).all()
     assert_same_bits(rules.RULES["random"](ragged), targets)
@@ -276,6 +284,13 @@ def test_optimised_weights_are_skfolios_on_the_trailing_window(name, small, ragg
     assert (targets[rows][~ragged.panel.present[rows]] == 0).all()
     assert (targets[rows[rows > 125], 2] == 0).all()  # delisted at 120
     assert targets[rows].sum(axis=1) == pytest.approx(1.0, abs=1e-6)
+    for t in rows:
+        begin = max(1, t - 49)
+        enough = ragged.panel.present[begin : t + 1].mean(axis=0) >= 0.8
+        known = np.isfinite(ragged.panel.close[:begin]).any(axis=0)
+        assert (targets[t][~(enough & known)] == 0).all()
+    seldom = (ragged.panel.present[rows] & (targets[rows] == 0)).any(axis=1)
+    assert name == "mean-variance" or 0 < seldom.sum() < len(rows)  # a symbol that has just been listed waits
 
 
 def test_a_failed_fit_holds_and_is_counted(small, monkeypatch):
