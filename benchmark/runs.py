@@ -22,7 +22,7 @@ BARS = ["market", "timestamp"]
 INCIDENTAL = {
     *("seed", "exp_name", "runs_dir", "resume", "num_threads", "cuda", "torch_deterministic", "checkpoint_every", "only"),
     *("track", "wandb_project_name", "wandb_entity", "market", "symbols", "start", "end", "resample", "train_fraction"),
-    *("val_fraction", "embargo", "folds", "fold", "costs", "fill"),
+    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes"),
 }
 
 
@@ -153,7 +153,7 @@ def _checked(run: Run) -> pd.DataFrame:
         bad = np.flatnonzero(~np.isfinite(frame[name].to_numpy(np.float64)))
         if len(bad):
             raise ValueError(f"ledger.parquet: {name} is not finite in row {bad[0]}, and in {len(bad)} rows in all")
-    frame = frame[frame["split"] == "test"].drop(columns="split").reset_index(drop=True)
+    frame = frame[frame["split"] == "test"].drop(columns="split").sort_values("market", kind="stable", ignore_index=True)
     if frame.empty:
         raise ValueError("ledger.parquet holds no bar of the test split")
     bars = _flat(run.content.get("scores") or {}).get("test.agent.bars")
@@ -275,7 +275,7 @@ def common_bars(runs: list[Run]) -> dict[str, tuple[int, int]]:
         if not len(shared):
             raise ValueError(f"the runs on panel {sha[:12]} share no bar of the test split")
         for run, index in zip(members, bars):
-            frame = run.ledger[index.isin(shared)].sort_values(BARS, ignore_index=True)
+            frame = run.ledger[index.isin(shared)].reset_index(drop=True)
             frame["equity"] = np.exp(pd.Series(growth(frame)).groupby(frame["market"]).cumsum())
             run.ledger = frame
         cut[sha] = (min(map(len, bars)), max(map(len, bars)))
