@@ -7,7 +7,7 @@ where every seed has a panel of its own, else each row's by themselves.
 
 import numpy as np
 from arch.bootstrap import optimal_block_length
-from runs import Run
+from rundirs import Run
 
 from envs.ledger import growth
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import tyro
 from paired import Draws
-from runs import Run, common_bars, differing, find, group, latest, load, name_rows
+from rundirs import Run, common_bars, differing, find, group, latest, load, name_rows
 
 from envs import ledger
 from envs.costs import Costs
@@ -291,9 +291,9 @@ def warnings(rows, repeats, cut, reference, synthetic: bool, panels: int, args: 
         out.append(f"Test bars differ between rows (from {low:,} to {high:,}); all scores use the bars that every row has.")
     if repeats:
         out.append(f"{len(repeats)} older runs of a configuration and seed that ran again are not ranked; they count as trials.")
-    for name, runs in rows.items():
-        if len({run.content.get("script_sha256") for run in runs}) > 1:
-            out.append(f"The seeds of {name} come from different versions of its script.")
+    mixed = [name for name, runs in rows.items() if len({run.content.get("script_sha256") for run in runs}) > 1]
+    if mixed:
+        out.append(f"The seeds of one row come from different versions of its script: {_some(mixed)}.")
     if reference is None:
         out.append(f"No row {args.reference!r} to compare with: P(better) is missing.")
     return out
@@ -340,11 +340,11 @@ def compare(args: Args) -> int:
     first, second = sides
     printed = 0
     apart = []
-    for terms_a, runs_a, _ in checked[first][0]:
-        for terms_b, runs_b, _ in checked[second][0]:
-            fields = differing(terms_a, terms_b)
+    for ours, runs_a, _ in checked[first][0]:
+        for theirs, runs_b, _ in checked[second][0]:
+            fields = differing(ours, theirs)
             if fields:
-                apart.append(f"{fields[0]}: {terms_a.get(fields[0])} and {terms_b.get(fields[0])}")
+                apart.append(f"{fields[0]}: {ours.get(fields[0])} and {theirs.get(fields[0])}")
                 continue
             rows = {first: latest(runs_a)[0], second: latest(runs_b)[0]}
             common_bars([run for runs in rows.values() for run in runs])

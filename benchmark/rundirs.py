@@ -93,8 +93,10 @@ def read(path: Path) -> Run:
     except (OSError, ValueError) as error:
         run.reason = f"run.json cannot be read: {error}"
         return run
-    missing = "run.json is no object" if not isinstance(content, dict) else _missing(content)
-    run.content = content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        run.reason = "run.json is no object"
+        return run
+    run.content, missing = content, _missing(content)
     status = run.content.get("status")
     if status != "finished":
         run.reason = str(run.content.get("failure") or ("never finished" if status == "running" else f"status {status!r}"))
