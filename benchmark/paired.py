@@ -32,7 +32,9 @@ class Draws:
         histories = sum(run.ledger["market"].nunique() for run in panels.values())
         self.block = None if histories >= WHOLE else _block_length(rows)
         self.how = (
-            f"{histories} markets drawn whole" if self.block is None else f"stationary bootstrap, mean block {self.block:.1f} bars"
+            f"{histories} markets drawn whole"
+            if self.block is None
+            else f"stationary bootstrap, mean block {self.block:.1f} bars"
         )
         self.found: dict[str, dict[int, np.ndarray]] = {name: {} for name in rows}
         for number, (panel, first) in enumerate(sorted(panels.items(), key=lambda item: item[1].seed)):

@@ -228,7 +228,7 @@ def group(runs: list[Run]) -> list[tuple[dict, list[Run]]]:
 def name_rows(runs: list[Run]) -> dict[str, list[Run]]:
     """Rows of a table: the runs of one script and one configuration, over seeds. Sets `name` of each run.
 
-    Where a script was run in several configurations, the row says by what they differ.
+    Where a script was run in several configurations, the row says by what they differ, None aside.
     """
     scripts: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
@@ -238,8 +238,8 @@ def name_rows(runs: list[Run]) -> dict[str, list[Run]]:
         settings = [json.loads(key) for key in configurations]
         apart = sorted({k for s in settings for k in s if any(s.get(k) != t.get(k) for t in settings)})
         for own, members in zip(settings, configurations.values()):
-            label = ", ".join(f"{k.rpartition('.')[2]}={_brief(own.get(k))}" for k in apart[:4])
-            name = f"{script} [{label}{', ...' if len(apart) > 4 else ''}]" if apart else script
+            told = [f"{k.rpartition('.')[2]}={_brief(own[k])}" for k in apart if own.get(k) is not None]
+            name = f"{script} [{', '.join(told[:4])}{', ...' if len(told) > 4 else ''}]" if told else script
             number = 2
             while name in rows:
                 name, number = re.sub(r"( #\d+)?$", f" #{number}", name), number + 1

@@ -167,7 +167,11 @@ def failed_row(run: Run) -> dict:
     head, log = reason[:300] + (" ..." if len(reason) > 300 else ""), run.log
     if not log and len(reason) > 300:
         log = reason[-4000:]
-    name = f"{run.exp_name}, seed {run.seed}" if isinstance(run.content.get("args"), dict) and "seed" in run.content["args"] else run.exp_name
+    name = (
+        f"{run.exp_name}, seed {run.seed}"
+        if isinstance(run.content.get("args"), dict) and "seed" in run.content["args"]
+        else run.exp_name
+    )
     return {"name": name, "path": str(run.path), "reason": head, "log": log}
 
 
@@ -290,7 +294,9 @@ def warnings(rows, repeats, cut, reference, synthetic: bool, panels: int, args: 
         (low, high), *_ = cut.values()
         out.append(f"Test bars differ between rows (from {low:,} to {high:,}); all scores use the bars that every row has.")
     if repeats:
-        out.append(f"{len(repeats)} older runs of a configuration and seed that ran again are not ranked; they count as trials.")
+        out.append(
+            f"{len(repeats)} older runs of a configuration and seed that ran again are not ranked; they count as trials."
+        )
     mixed = [name for name, runs in rows.items() if len({run.content.get("script_sha256") for run in runs}) > 1]
     if mixed:
         out.append(f"The seeds of one row come from different versions of its script: {_some(mixed)}.")
@@ -346,6 +352,9 @@ def compare(args: Args) -> int:
             if fields:
                 apart.append(f"{fields[0]}: {ours.get(fields[0])} and {theirs.get(fields[0])}")
                 continue
+            for side, own in ((first, runs_a), (second, runs_b)):
+                if len(names := name_rows(own)) > 1:
+                    sys.exit(f"--compare {side[2:]}: several algorithms, {_some(list(names))}; name one, or its directory")
             rows = {first: latest(runs_a)[0], second: latest(runs_b)[0]}
             common_bars([run for runs in rows.values() for run in runs])
             print(f"\n{runs_a[0].content['panel']['name']}, test split, net of costs, per year")
@@ -410,8 +419,16 @@ def markdown(board: dict) -> str:
         lines += ["", "## Failed runs outside of every table", "", "| run | reason |", "|---|---|"]
         lines += [f"| {_safe(f['name'])} | **failed**: {_safe(f['reason'])} |" for f in board["unplaced"]]
     if board["tasks"]:
-        lines += ["", "## Gymnasium tasks", "", "| algorithm | task | seeds | return, last 100 episodes | steps |", "|---|---|---|---|---|"]
-        lines += [f"| {' | '.join(_safe(t[k]) for k in ('name', 'env_id', 'seeds', 'score', 'steps'))} |" for t in board["tasks"]]
+        lines += [
+            "",
+            "## Gymnasium tasks",
+            "",
+            "| algorithm | task | seeds | return, last 100 episodes | steps |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {' | '.join(_safe(t[k]) for k in ('name', 'env_id', 'seeds', 'score', 'steps'))} |" for t in board["tasks"]
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -472,8 +489,14 @@ def assemble(args: Args) -> dict:
         for run in good:
             run.ledger = None
     for board in boards:
-        same = [other["title"] for other in boards].count(board["title"]) > 1
-        board["name"] = board["title"] + (f" ({board['costs']['name']}, {board['terms']['market.fill']})" if same else "")
+        family = [other for other in boards if other["title"] == board["title"]]
+        about = {"costs": lambda b: b["costs"]["name"], "fill": lambda b: b["terms"]["market.fill"]}
+        said = [f"{what} {say(board)[:40]}" for what, say in about.items() if len({say(other) for other in family}) > 1]
+        board["name"] = ", ".join([board["title"], *said])
+    for board in boards:
+        same = [other for other in boards if other["name"].partition(" #")[0] == board["name"]]
+        for number, other in enumerate(same[1:], 2):
+            other["name"] += f" #{number}"
     summary = f"{len(runs)} runs, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
     return {
         "summary": summary,

@@ -7,12 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, run_python
-from scipy import stats
 
 from envs import ledger
 from envs.costs import RECORD, Costs
@@ -50,7 +50,9 @@ def make_ledger(seed: int, mean: float = 0.0005, markets: int = 1, bars: int = B
     return pd.concat(parts, ignore_index=True).assign(action=0)
 
 
-def make_run(root: Path, name="ppo", seed=1, frame=None, market="prices.csv", sha=None, args=None, costs=None, **content) -> Path:
+def make_run(
+    root: Path, name="ppo", seed=1, frame=None, market="prices.csv", sha=None, args=None, costs=None, **content
+) -> Path:
     """A run directory as a script leaves it; `content` overrides run.json."""
     path = ledger.new_run_dir(str(root), "Portfolio-v0", "".join(c for c in name if c.isalnum() or c in "-_"), seed)
     frame = make_ledger(seed) if frame is None else frame
@@ -129,7 +131,11 @@ def test_seeds_of_a_synthetic_market_are_one_group(board, tmp_path):
     make_run(tmp_path, "ppo", 1, market="synthetic:noise:bars=9", sha="1" * 64)
     make_run(tmp_path, "old", 2, market="synthetic:noise", sha="f" * 64)
     found = assemble(board, tmp_path)
-    assert sorted(sorted(row["name"] for row in group["rows"]) for group in found["groups"]) == [["old"], ["ppo"], ["ppo", "sac"]]
+    assert sorted(sorted(row["name"] for row in group["rows"]) for group in found["groups"]) == [
+        ["old"],
+        ["ppo"],
+        ["ppo", "sac"],
+    ]
     assert "panel.sha256 of seed 2" in found["banner"][0] and "panel.name" in found["banner"][0]
 
 
@@ -236,7 +242,10 @@ def test_a_job_that_left_no_run_directory_is_shown(board, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "job.json").write_text("{}")
     found = assemble(board, tmp_path / "a", tmp_path / "b", tmp_path / "b", tmp_path / "c")
-    assert [(row["name"], row["reason"]) for row in found["unplaced"]] == [("b", "it has no run.json"), ("c", "no such directory")]
+    assert [(row["name"], row["reason"]) for row in found["unplaced"]] == [
+        ("b", "it has no run.json"),
+        ("c", "no such directory"),
+    ]
 
 
 def test_gymnasium_tasks_are_no_failures(board, tmp_path):
@@ -348,26 +357,32 @@ def test_learning_curves_are_read_from_events(board, tmp_path):
     assert (curve["x"][-1], curve["low"][-1], curve["y"][-1], curve["high"][-1]) == (100, 100, 150, 200)
 
 
-def test_command_compares(tmp_path):
+def test_compare_prints_differences(board, tmp_path, capsys):
     base = make_ledger(4)
     for name, seed in (("ppo", 1), ("ppo", 2), ("sac", 1)):
         make_run(tmp_path / name, name, seed, base if name == "sac" else make_ledger(seed, 0.002))
-    by_name = command(tmp_path, "--compare", "ppo", "sac", "--resamples", "50")
-    by_path = command("--compare", tmp_path / "ppo", tmp_path / "sac", "--resamples", "50")
-    for done in (by_name, by_path):
-        assert done.returncode == 0, done.stderr[-2000:]
-        number = re.search(r"^growth +(\S+)% +(\S+)% +(\S+)% +\[(\S+)%, (\S+)%\]", done.stdout, re.M)
+
+    def compare(*sides, runs=()):
+        board.main(board.Args(runs=runs, compare=tuple(map(str, sides)), resamples=50))
+        return capsys.readouterr().out
+
+    expected = [
+        ledger.growth(test_part(f)).mean() * PER_YEAR * 100 for f in (make_ledger(1, 0.002), make_ledger(2, 0.002), base)
+    ]
+    for out in (compare("ppo", "sac", runs=(tmp_path,)), compare(tmp_path / "ppo", tmp_path / "sac")):
+        number = re.search(r"^growth +(\S+)% +(\S+)% +(\S+)% +\[(\S+)%, (\S+)%\]", out, re.M)
         ours, theirs, gap, low, high = map(float, number.groups())
-        expected = [ledger.growth(test_part(f)).mean() * PER_YEAR * 100 for f in (make_ledger(1, 0.002), make_ledger(2, 0.002), base)]
         assert (ours, theirs) == pytest.approx((np.mean(expected[:2]), expected[2]), abs=0.06)
         assert gap == pytest.approx(ours - theirs, abs=0.15) and low < gap < high
-        assert "stationary bootstrap" in done.stdout
+        assert "stationary bootstrap" in out
     assert not list(tmp_path.rglob("scoreboard.*"))
-    lost = command(tmp_path, "--compare", "ppo", "nobody")
-    assert lost.returncode and "nobody" in lost.stderr and "sac" in lost.stderr
-    change(next((tmp_path / "sac").glob("*")), lambda run: run["market"].update(fill="same_close"))
-    refused = command("--compare", tmp_path / "ppo", tmp_path / "sac")
-    assert refused.returncode and "market.fill" in refused.stderr and "same_close" in refused.stderr
+    with pytest.raises(SystemExit, match="nobody: no such row.*ppo, sac"):
+        compare("ppo", "nobody", runs=(tmp_path,))
+    with pytest.raises(SystemExit, match="several"):
+        compare(tmp_path, tmp_path / "sac")
+    change(next((tmp_path / "sac").glob("*")), CHANGES["market.fill"])
+    with pytest.raises(SystemExit, match="market.fill: next_open and same_close"):
+        compare(tmp_path / "ppo", tmp_path / "sac")
 
 
 @pytest.fixture(scope="module")
@@ -455,7 +470,6 @@ def test_page_in_a_browser(evil_page, tmp_path, width):
     done = subprocess.run(
         [browser, *flags.split(), profile, (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=120
     )
-    from urllib.parse import unquote
 
     found = re.search(r"<pre id=\"out\">(.+?)</pre>", done.stdout)
     assert found, done.stderr[-2000:]
