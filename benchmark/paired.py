@@ -1,8 +1,8 @@
 """Bootstrap draws that all rows of a comparison group share, so that differences between them are paired.
 
-Two stages, for several seeds on one history are not independent markets. First the histories: every run on the same panel sees
-the same redrawn bars, or, with ten markets or more in the group, the same redrawn markets. Then the seeds: together for all rows
-where every seed has a panel of its own, else each row's by themselves.
+Two stages, for several seeds on one history are not independent markets. First the histories: every run on the same panel
+sees the same redrawn bars, or, with ten markets or more in the group, the same redrawn markets. Then the seeds: together for
+all rows where every seed has a panel of its own, else each row's by themselves.
 """
 
 import numpy as np

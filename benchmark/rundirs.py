@@ -200,8 +200,8 @@ def differing(a: dict, b: dict) -> list[str]:
 def group(runs: list[Run]) -> list[tuple[dict, list[Run]]]:
     """(terms, runs) of every comparison group, the largest first.
 
-    Where one seed of a synthetic market has several panels (its generator changed), that of most runs, or else of the latest, stays
-    in the group, and the others form groups of their own.
+    Where one seed of a synthetic market has several panels (its generator changed), that of most runs, or else of the latest,
+    stays in the group, and the others form groups of their own.
     """
     groups: dict[str, tuple[dict, list[Run]]] = {}
     for run in runs:
@@ -263,7 +263,8 @@ def latest(runs: list[Run]) -> tuple[list[Run], list[Run]]:
 def common_bars(runs: list[Run]) -> dict[str, tuple[int, int]]:
     """Cut the ledgers on each panel to the bars that all of them hold; equity then starts at 1 on the first of these.
 
-    Returns {panel: (fewest, most) bars before}, only of panels where something was cut. Raises ValueError where nothing is shared.
+    Returns {panel: (fewest, most) bars before}, only of panels where something was cut. Raises ValueError where nothing is
+    shared.
     """
     cut = {}
     for sha in dict.fromkeys(run.panel for run in runs):

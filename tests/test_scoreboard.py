@@ -204,7 +204,7 @@ def broken(name):
         "NaN": (put("net_return", np.nan), "net_return is not finite"),
         "infinity": (put("turnover", np.inf), "turnover is not finite"),
         "a better return": (put("net_return", 0.5), "does not follow"),
-        "time going back": (edit_ledger(lambda f: f.iloc[[*range(len(f) - 9), len(f) - 8, len(f) - 9, *range(len(f) - 7, len(f))]]),
+        "time going back": (edit_ledger(lambda f: f.iloc[[*range(BARS + 90), BARS + 91, BARS + 90, *range(BARS + 92, 2 * BARS)]]),
                             "do not increase"),
         "no column": (edit_ledger(lambda f: f.drop(columns="turnover")), "cannot be read"),
     }[name]  # fmt: skip
@@ -420,8 +420,9 @@ def test_page_holds_the_data_and_escapes_it(evil_page):
 PROBE = """
 <script>
 const said = [], state = {};
-const names = () => [...document.querySelectorAll("#group-0 tbody tr[data-name]:not(.failed)")].filter(r => !r.hidden).map(r => r.dataset.name);
-const head = label => [...document.querySelectorAll("#group-0 th button")].find(b => b.textContent === label);
+const all = selector => [...document.querySelectorAll("#group-0 " + selector)];
+const names = () => all("tbody tr[data-name]:not(.failed)").filter(r => !r.hidden).map(r => r.dataset.name);
+const head = label => all("th button").find(b => b.textContent === label);
 setTimeout(() => {
   state.start = names();
   head("growth").click(); state.down = names(); head("growth").click(); state.up = names();
@@ -434,7 +435,7 @@ setTimeout(() => {
   document.querySelector("#group-0 .legend button").click();
   state.fewer = document.querySelectorAll("#group-0 .grid svg path[fill=none]").length;
   state.failed = [...document.querySelectorAll("tr.failed")].map(r => r.textContent);
-  const [a, b] = document.querySelectorAll("#group-0 .pair select"), cells = () => document.querySelector("#group-0 .pair + div").textContent;
+  const [a, b] = all(".pair select"), cells = () => all(".pair + div")[0].textContent;
   a.value = "sac"; b.value = "baseline-equal-weight"; a.onchange(); state.pair = cells();
   a.value = "baseline-equal-weight"; b.value = "sac"; a.onchange(); state.reverse = cells();
   for (const d of document.querySelectorAll("details")) d.open = true;
