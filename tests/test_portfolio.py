@@ -284,8 +284,11 @@ def slow_order(data, held, row, action, guard=RegimeGuard(), lossy=False, fallen
         kept = np.sign(trade) * np.maximum(np.abs(trade) - (guard.guard_penalty if lossy else 0.0), 0.0)
         asked = held[here] + (guard.guard_probe if large else 1.0) * kept
         order = closest(asked, left - asked.sum() if long_only else -np.inf)
+    if fallen:
+        scaled = guard.guard_scale * order
+        order = closest(scaled, left - scaled.sum() if long_only else -np.inf)
     out = held.copy()
-    out[here] = order * (guard.guard_scale if fallen else 1.0)
+    out[here] = order
     return out, large
 
 
@@ -328,7 +331,6 @@ def test_orders_and_guards_as_described(constrained, name, rules):
     assert changed > 5 or not rules
 
 
-@pytest.mark.xfail(strict=True, reason="the drawdown guard scales what can be ordered away from what cannot")
 def test_drawdown_guard_keeps_the_net_range():
     """A symbol without a bar holds 0.3; the rest hedges it, to a net of 0: also when the guard has halved the order."""
     panel = ragged_with_series()
@@ -432,7 +434,12 @@ def test_guards_at_their_threshold(small_panel):
     for limit, part in ((0.5, 1.0), (np.nextafter(0.5, 0), 0.1)):
         env = make_env(data, guard=RegimeGuard(guard_turnover=limit, guard_probe=0.1))
         env.reset(seed=0)
-        assert np.allclose(env.step(score)[4]["choice"], part * 0.25 * score, atol=1e-15)
+        infos = env.step(score)[4]
+        assert np.allclose(infos["choice"], part * 0.25 * score, atol=1e-15)
+        assert infos["components"]["guard_turnover"] == (part < 1)
+    held = env._memory[0, :6].copy()
+    order = env.step(-4 * score)[4]["choice"][0]
+    assert np.allclose(order, held + 0.1 * (-score[0] - held), atol=1e-15), "a part of the way from what is held"
     both = RegimeGuard(guard_turnover=0.5, guard_probe=0.1, guard_return=-0.05, guard_window=1, guard_penalty=0.0)
     env = make_env(data, guard=both)
     env.reset(seed=0)
@@ -585,8 +592,7 @@ def test_closed_form_is_the_best_of_its_neighbours():
 
     top = utility_of(best)
     assert top > 0.1 and all(utility_of(k * best) < top for k in (0.8, 1.2))
-    later = np.roll(best, 3, axis=0)
-    assert utility_of(later) < 0.9 * top
+    assert all(utility_of(np.roll(best, bars, axis=0)) < 0.99 * top for bars in (-1, 1)), "a bar early, a bar late"
     found = references(data, split, 40.0)
     assert set(found) == {"equal weight", "closed form"}
     assert utility(found["closed form"], 40.0, panel.bars_per_year) == pytest.approx(top)

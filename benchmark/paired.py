@@ -1,0 +1,141 @@
+"""Bootstrap draws that all rows of a comparison group share, so that differences between them are paired.
+
+Two stages, for several seeds on one history are not independent markets. First the histories: every run on the same panel
+sees the same redrawn bars, or, with ten markets or more in the group, the same redrawn markets. Then the seeds: together for
+all rows where every seed has a panel of its own, else each row's by themselves.
+"""
+
+import numpy as np
+from arch.bootstrap import optimal_block_length
+from rundirs import Run
+
+from envs.ledger import growth
+
+CHARGES = ("commission", "spread", "slippage", "impact", "borrow", "financing")
+SCORES = ("sharpe", "growth", "turnover", "cost")  # those that are functions of sums over bars
+WHOLE = 10  # markets from which on they are redrawn whole, as in envs.ledger
+CHUNK = 16_000_000  # counts held at once
+
+
+class Draws:
+    """Scores of every run on every draw.
+
+    found[row][seed]: (resamples + 1, len(SCORES)); entry 0 holds the scores themselves, markets pooled as in ledger.summarise.
+    how: what was drawn, in words. block: mean block length in bars, None where markets are drawn whole.
+    """
+
+    def __init__(self, rows: dict[str, list[Run]], resamples: int, seed: int):
+        runs = [run for members in rows.values() for run in members]
+        panels = {run.panel: run for run in runs}
+        self.resamples, self.seed = resamples, seed
+        self.paired_seeds = len(panels) > 1
+        histories = sum(run.ledger["market"].nunique() for run in panels.values())
+        self.block = None if histories >= WHOLE else _block_length(rows)
+        self.how = (
+            f"{histories} markets drawn whole"
+            if self.block is None
+            else f"stationary bootstrap, mean block {self.block:.1f} bars"
+        )
+        self.found: dict[str, dict[int, np.ndarray]] = {name: {} for name in rows}
+        for number, (panel, first) in enumerate(sorted(panels.items(), key=lambda item: item[1].seed)):
+            members = [(name, run) for name, own in rows.items() for run in own if run.panel == panel]
+            sums = np.stack([_bar_sums(run) for _, run in members], axis=1)  # (bars, runs, 5)
+            rng = np.random.default_rng([seed, number])
+            if self.block is None:
+                _, market = np.unique(first.ledger["market"].to_numpy(), return_inverse=True)
+                units = np.zeros((market.max() + 1, *sums.shape[1:]))
+                np.add.at(units, market, sums)
+                sizes, sums = np.bincount(market), units
+            else:
+                sizes = np.ones(len(sums))
+            scores = self._scores(sums, sizes, rng, float(first.content["panel"]["bars_per_year"]))
+            for k, (name, run) in enumerate(members):
+                self.found[name][run.seed] = scores[:, k]
+
+    def _scores(self, sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, per_year: float) -> np.ndarray:
+        """(resamples + 1, runs, scores) from sums (units, runs, 5) of units that hold `sizes` (units,) bars."""
+        units, (runs, width) = len(sums), sums.shape[1:]
+        flat, parts = sums.reshape(units, -1), []
+        todo = self.resamples + 1
+        while todo:
+            some = min(todo, max(1, CHUNK // units))
+            counts = np.zeros((some, units))
+            for k in range(some):
+                if todo == self.resamples + 1 and k == 0:
+                    counts[0] = 1.0
+                else:
+                    counts[k] = np.bincount(self._draw(units, rng), minlength=units)
+            n = (counts @ sizes)[:, None]
+            x, squares, log_growth, turnover, cost = np.moveaxis((counts @ flat).reshape(some, runs, width), 2, 0)
+            variance = (squares - x * x / n) / np.maximum(n - 1, 1)
+            with np.errstate(all="ignore"):
+                sharpe = np.where(variance > 1e-18 * squares / n, x / n / np.sqrt(variance) * np.sqrt(per_year), 0.0)
+            parts.append(np.stack([sharpe, *(s / n * per_year for s in (log_growth, turnover, cost))], axis=2))
+            todo -= some
+        return np.concatenate(parts)
+
+    def _draw(self, units: int, rng: np.random.Generator) -> np.ndarray:
+        """Indices of `units` units: each by itself, or blocks of geometric length that wrap around (Politis & Romano 1994)."""
+        if self.block is None:
+            return rng.integers(units, size=units)
+        starts = rng.random(units) < 1.0 / self.block
+        starts[0] = True
+        block = np.cumsum(starts) - 1
+        begin = np.flatnonzero(starts)
+        return (rng.integers(units, size=len(begin))[block] + np.arange(units) - begin[block]) % units
+
+    def row(self, name: str, seeds: list[int] | None = None) -> np.ndarray:
+        """(resamples + 1, scores) of a row: the mean over its seeds, which are drawn too."""
+        found = self.found[name]
+        seeds = sorted(found) if seeds is None else seeds
+        scores = np.stack([found[s] for s in seeds], axis=1)
+        key = [self.seed, 1_000_003] if self.paired_seeds else [self.seed, *name.encode()]
+        drawn = np.random.default_rng(key).integers(len(seeds), size=(self.resamples, len(seeds)))
+        means = np.take_along_axis(scores[1:], drawn[:, :, None], axis=1).mean(axis=1)
+        return np.concatenate([scores[:1].mean(axis=1), means])
+
+    def scores(self, name: str) -> dict[str, dict]:
+        """{score: {value, low, high}} of a row, 95% percentile interval."""
+        rows = self.row(name)
+        return {score: {"value": rows[0, k], **_interval(rows[1:, k])} for k, score in enumerate(SCORES)}
+
+    def difference(self, a: str, b: str) -> dict:
+        """Scores of `a` minus those of `b`: {"scores": [{key, a, b, difference, low, high}], "how"}, or {"note": why not}."""
+        seeds = None
+        if self.paired_seeds:
+            seeds = sorted(set(self.found[a]) & set(self.found[b]))
+            if not seeds:
+                return {"note": "No seed in common: on these markets every seed has prices of its own."}
+        first, second = self.row(a, seeds), self.row(b, seeds)
+        gap = first - second
+        scores = [
+            {"key": score, "a": first[0, k], "b": second[0, k], "difference": gap[0, k], **_interval(gap[1:, k])}
+            for k, score in enumerate(SCORES)
+        ]
+        over = f"seeds {', '.join(map(str, seeds))} paired" if seeds else "seeds drawn for each by itself"
+        return {"scores": scores, "how": f"{self.how}, the same for both; {over}; {self.resamples} draws"}
+
+
+def _interval(draws: np.ndarray) -> dict[str, float]:
+    if not len(draws):
+        return {"low": float("nan"), "high": float("nan")}
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {"low": float(low), "high": float(high)}
+
+
+def _bar_sums(run: Run) -> np.ndarray:
+    """(bars, 5), in the ledger's order, which is by market and time: net return, its square, log growth, turnover, cost."""
+    frame = run.ledger
+    net = frame["net_return"].to_numpy()
+    return np.stack([net, net**2, growth(frame), frame["turnover"], frame[list(CHARGES)].sum(axis=1)], axis=1)
+
+
+def _block_length(rows: dict[str, list[Run]]) -> float:
+    """The longest of the rows' mean block lengths (Politis & White 2004), each of the row's first run."""
+    lengths = [1.0]
+    for runs in rows.values():
+        x = runs[0].ledger["net_return"].to_numpy()
+        if len(x) >= 20 and np.ptp(x) > 0.0:
+            lengths.append(float(optimal_block_length(x)["stationary"].iloc[0]))
+    lengths = [x for x in lengths if np.isfinite(x)]
+    return min(max(lengths), max(1.0, min(len(runs[0].ledger) for runs in rows.values()) / 4))

@@ -1,0 +1,285 @@
+"""Read run directories and sort them into groups that may be ranked together; what cannot be ranked says why.
+
+Everything comes from run.json and ledger.parquet, checked against each other: a ledger that is cut short, holds NaN or does
+not add up makes its run a failed one.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from envs.costs import RECORD, RUIN, Costs
+from envs.ledger import growth
+
+LOG_LINES, LOG_CHARACTERS = 25, 4000
+LEAVINGS = ("ledger.parquet", "model.pt", "events.out.tfevents.*")
+BARS = ["market", "timestamp"]
+# Arguments that make no other configuration: those of the machine, and those that the comparison group holds resolved.
+INCIDENTAL = {
+    *("seed", "exp_name", "runs_dir", "resume", "num_threads", "cuda", "torch_deterministic", "checkpoint_every", "only"),
+    *("track", "wandb_project_name", "wandb_entity", "market", "symbols", "start", "end", "resample", "train_fraction"),
+    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes"),
+}
+
+
+@dataclass(eq=False)
+class Run:
+    path: Path
+    content: dict = field(default_factory=dict)  # run.json
+    reason: str | None = None  # why it is not ranked
+    log: str = ""
+    ledger: pd.DataFrame | None = None  # the test split
+    name: str = ""
+
+    @property
+    def seed(self) -> int:
+        return self.content["args"]["seed"]
+
+    @property
+    def panel(self) -> str:
+        return self.content["panel"]["sha256"]
+
+    @property
+    def exp_name(self) -> str:
+        args = self.content.get("args")
+        return str(args["exp_name"]) if isinstance(args, dict) and args.get("exp_name") else self.path.name
+
+    @property
+    def stamp(self) -> float:
+        """When it started: the end of its name, or the time of its run.json."""
+        last = self.path.name.rpartition("__")[2]
+        return float(last) if last.isdigit() else (self.path / "run.json").stat().st_mtime
+
+    @property
+    def settings(self) -> dict:
+        """Arguments that make a configuration: {"portfolio.scale": 0.5, ...}."""
+        return {k: v for k, v in _flat(self.content["args"]).items() if k.rpartition(".")[2] not in INCIDENTAL}
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + str(key): value}
+    return out
+
+
+def find(roots: list[Path]) -> list[Run]:
+    """Every run directory at or under `roots`, in the order of their names, with what is wrong with run.json, if anything."""
+    folders: dict[Path, Run] = {}
+    for root in roots:
+        if not root.is_dir():
+            folders[root.resolve()] = Run(root, reason="no such directory")
+            continue
+        found = {path.parent for pattern in ("run.json", *LEAVINGS) for path in root.rglob(pattern)}
+        # a runner's job that left no run directory
+        started = {path.parent for path in root.rglob("job.json")}
+        found |= {job for job in started if not any(job in (path, *path.parents) for path in found)}
+        for path in sorted(found):
+            folders.setdefault(path.resolve(), read(path))
+    return list(folders.values())
+
+
+def read(path: Path) -> Run:
+    run = Run(path, log=_last_lines(path / "log.txt"))
+    try:
+        content = json.loads((path / "run.json").read_text())
+    except FileNotFoundError:
+        run.reason = "it has no run.json"
+        return run
+    except (OSError, ValueError) as error:
+        run.reason = f"run.json cannot be read: {error}"
+        return run
+    if not isinstance(content, dict):
+        run.reason = "run.json is no object"
+        return run
+    run.content, missing = content, _missing(content)
+    status = run.content.get("status")
+    if status != "finished":
+        run.reason = str(run.content.get("failure") or ("never finished" if status == "running" else f"status {status!r}"))
+    elif missing:
+        run.reason = missing
+    if missing:
+        run.content.pop("panel", None)  # not enough to place it
+    return run
+
+
+def _missing(content: dict) -> str | None:
+    """What a run.json lacks to be placed in a group; None for Gymnasium tasks, which have no market."""
+    args = content.get("args")
+    if not isinstance(args, dict) or not isinstance(args.get("seed"), int):
+        return "run.json holds no args.seed"
+    if "panel" not in content and "market" not in content:
+        return None
+    try:
+        Costs(**content["market"]["costs"])
+        text = [content["market"]["fill"], content["panel"]["name"], content["panel"]["sha256"]]
+        whole = {**content["panel"]["splits"]}["test"]["end"] and float(content["panel"]["bars_per_year"]) > 0
+        if whole and all(isinstance(value, str) for value in text):
+            return None
+    except (KeyError, TypeError, ValueError) as error:
+        return f"run.json does not describe its market: {type(error).__name__} {error}"
+    return "run.json does not describe its market: expected text in panel.name, panel.sha256 and market.fill"
+
+
+def _last_lines(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 4 * LOG_CHARACTERS))
+            text = file.read().decode(errors="replace").replace("\r", "\n")
+    except OSError:
+        return ""
+    return "\n".join([line for line in text.splitlines() if line.strip()][-LOG_LINES:])[-LOG_CHARACTERS:]
+
+
+def load(run: Run):
+    """Read and check the ledger of a finished run; sets `ledger`, or `reason`."""
+    try:
+        run.ledger = _checked(run)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        run.reason = " ".join(str(error).split()) or type(error).__name__
+
+
+def _checked(run: Run) -> pd.DataFrame:
+    path = run.path / "ledger.parquet"
+    if not path.is_file():
+        raise ValueError("it has no ledger.parquet")
+    try:
+        frame = pd.read_parquet(path, columns=["split", *BARS, *RECORD])
+    except Exception as error:  # whatever a broken file makes the reader raise
+        raise ValueError(f"ledger.parquet cannot be read: {error}") from None
+    for name in RECORD:
+        bad = np.flatnonzero(~np.isfinite(frame[name].to_numpy(np.float64)))
+        if len(bad):
+            raise ValueError(f"ledger.parquet: {name} is not finite in row {bad[0]}, and in {len(bad)} rows in all")
+    frame = frame[frame["split"] == "test"].drop(columns="split").sort_values("market", kind="stable", ignore_index=True)
+    if frame.empty:
+        raise ValueError("ledger.parquet holds no bar of the test split")
+    bars = _flat(run.content.get("scores") or {}).get("test.agent.bars")
+    if bars is not None and bars != len(frame):
+        raise ValueError(f"ledger.parquet is truncated: {len(frame)} bars of the test split, run.json says {bars}")
+    end = pd.Timestamp(run.content["panel"]["splits"]["test"]["end"])
+    if frame["timestamp"].max() != end.tz_localize(frame["timestamp"].dt.tz):
+        raise ValueError(f"ledger.parquet is truncated: it ends {frame['timestamp'].max()}, the test split {end}")
+    for market, part in frame.groupby("market"):
+        times, equity = part["timestamp"], part["equity"].to_numpy()
+        if not times.is_monotonic_increasing or times.duplicated().any():
+            raise ValueError(f"ledger.parquet: timestamps of market {market} do not increase")
+        alive = np.cumprod(np.concatenate([[True], equity[:-1] > RUIN])).astype(bool)
+        made = np.cumprod(1.0 + part["net_return"].to_numpy())
+        if not np.allclose(equity[alive], made[alive], rtol=1e-6, atol=1e-9):
+            raise ValueError(f"ledger.parquet: equity of market {market} does not follow from its net returns")
+    return frame
+
+
+def terms(run: Run) -> dict[str, object]:
+    """What must be equal for two runs to be ranked together, by the name of the field in run.json.
+
+    Every seed of a synthetic market has a panel of its own: there the panel is its specification.
+    """
+    panel, market = run.content["panel"], run.content["market"]
+    costs = {k: float(v) for k, v in asdict(Costs(**market["costs"])).items() if k != "name"}
+    if panel["name"].startswith("synthetic:"):
+        named = {"panel.name": panel["name"]}
+    else:
+        named = {"panel.sha256": panel["sha256"]}
+    return named | {
+        **{f"panel.splits.{k}": json.dumps(v, sort_keys=True) for k, v in panel["splits"].items()},
+        "market.fill": market["fill"],
+        **{f"market.costs.{k}": v for k, v in costs.items()},
+    }
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    return [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
+
+
+def group(runs: list[Run]) -> list[tuple[dict, list[Run]]]:
+    """(terms, runs) of every comparison group, the largest first.
+
+    Where one seed of a synthetic market has several panels (its generator changed), that of most runs, or else of the latest,
+    stays in the group, and the others form groups of their own.
+    """
+    groups: dict[str, tuple[dict, list[Run]]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(terms(run)), (terms(run), []))[1].append(run)
+    out = []
+    for shared, members in groups.values():
+        parts, clash = [], set()
+        while members:
+            panels: dict[int, dict[str, list[Run]]] = {}
+            for run in members:
+                panels.setdefault(run.seed, {}).setdefault(run.panel, []).append(run)
+            clash |= {seed for seed, found in panels.items() if len(found) > 1}
+            kept = {
+                seed: max(found, key=lambda sha: (len(found[sha]), max(run.stamp for run in found[sha])))
+                for seed, found in panels.items()
+            }
+            parts.append((kept, [run for run in members if kept[run.seed] == run.panel]))
+            members = [run for run in members if kept[run.seed] != run.panel]
+        for kept, part in parts:
+            out.append((shared | {f"panel.sha256 of seed {s}": kept[s] for s in sorted(clash & set(kept))}, part))
+    return sorted(out, key=lambda g: -len(g[1]))
+
+
+def name_rows(runs: list[Run]) -> dict[str, list[Run]]:
+    """Rows of a table: the runs of one script and one configuration, over seeds. Sets `name` of each run.
+
+    Where a script was run in several configurations, the row says by what they differ, None aside.
+    """
+    scripts: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        scripts.setdefault(run.exp_name, {}).setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
+    rows: dict[str, list[Run]] = {}
+    for script, configurations in sorted(scripts.items()):
+        settings = [json.loads(key) for key in configurations]
+        apart = sorted({k for s in settings for k in s if any(s.get(k) != t.get(k) for t in settings)})
+        for own, members in zip(settings, configurations.values()):
+            told = [f"{k.rpartition('.')[2]}={_brief(own[k])}" for k in apart if own.get(k) is not None]
+            name = f"{script} [{', '.join(told[:4])}{', ...' if len(told) > 4 else ''}]" if told else script
+            number = 2
+            while name in rows:
+                name, number = re.sub(r"( #\d+)?$", f" #{number}", name), number + 1
+            rows[name] = members
+            for run in members:
+                run.name = name
+    return rows
+
+
+def _brief(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def latest(runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """One run per seed, the latest, by seed; and the older repeats."""
+    newest = {run.seed: run for run in sorted(runs, key=lambda run: run.stamp)}
+    kept = [newest[seed] for seed in sorted(newest)]
+    return kept, [run for run in runs if run not in kept]
+
+
+def common_bars(runs: list[Run]) -> dict[str, tuple[int, int]]:
+    """Cut the ledgers on each panel to the bars that all of them hold; equity then starts at 1 on the first of these.
+
+    Returns {panel: (fewest, most) bars before}, only of panels where something was cut. Raises ValueError where nothing is
+    shared.
+    """
+    cut = {}
+    for sha in dict.fromkeys(run.panel for run in runs):
+        members = [run for run in runs if run.panel == sha]
+        bars = [pd.MultiIndex.from_frame(run.ledger[BARS]) for run in members]
+        if all(index.equals(bars[0]) for index in bars):
+            continue
+        shared = bars[0]
+        for index in bars[1:]:
+            shared = shared.intersection(index, sort=False)
+        if not len(shared):
+            raise ValueError(f"the runs on panel {sha[:12]} share no bar of the test split")
+        for run, index in zip(members, bars):
+            frame = run.ledger[index.isin(shared)].reset_index(drop=True)
+            frame["equity"] = np.exp(pd.Series(growth(frame)).groupby(frame["market"]).cumsum())
+            run.ledger = frame
+        cut[sha] = (min(map(len, bars)), max(map(len, bars)))
+    return cut
