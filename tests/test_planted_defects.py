@@ -95,12 +95,8 @@ DEFECTS = {
     ),
     "the turnover guard ignores its threshold": (
         "portfolio.py",
-        "        if not lossy and turnover <= p.guard_turnover:\n"
-        "            break\n"
-        "        part = p.guard_probe if turnover > p.guard_turnover else 1.0\n",
-        "        if not lossy and p.guard_turnover == np.inf:\n"
-        "            break\n"
-        "        part = p.guard_probe if p.guard_turnover < np.inf else 1.0\n",
+        "large = turnover > p.guard_turnover",
+        "large = p.guard_turnover < np.inf",
         (GUARDS,),
     ),
     "changes are counted from the weights ordered, not from those held": (

@@ -440,6 +440,13 @@ def test_guards_at_their_threshold(small_panel):
     held = env._memory[0, :6].copy()
     order = env.step(-4 * score)[4]["choice"][0]
     assert np.allclose(order, held + 0.1 * (-score[0] - held), atol=1e-15), "a part of the way from what is held"
+    both = RegimeGuard(guard_turnover=0.5, guard_probe=0.1, guard_return=-0.05, guard_window=1, guard_penalty=0.0)
+    env = make_env(data, guard=both)
+    env.reset(seed=0)
+    env._state.length, env._state.window_growth = 1, -0.5
+    infos = env.step(score)[4]
+    assert infos["components"]["guard_return"] == 1 and infos["components"]["guard_turnover"] == 0
+    assert np.allclose(infos["choice"], 0.25 * score, atol=1e-15), "also where another guard changes the order"
     env = make_env(data, guard=RegimeGuard(guard_drawdown=0.25, guard_scale=0.5))
     for equity, part in ((0.75, 0.5), (np.nextafter(0.75, 1), 1.0)):
         env.reset(seed=0)
