@@ -204,7 +204,7 @@ def broken(name):
         "NaN": (put("net_return", np.nan), "net_return is not finite"),
         "infinity": (put("turnover", np.inf), "turnover is not finite"),
         "a better return": (put("net_return", 0.5), "does not follow"),
-        "time going back": (edit_ledger(lambda f: f.iloc[[*range(BARS + 90), BARS + 91, BARS + 90, *range(BARS + 92, 2 * BARS)]]),
+        "time going back": (edit_ledger(lambda f: f.iloc[[*range(290), 291, 290, *range(292, 400)]]),
                             "do not increase"),
         "no column": (edit_ledger(lambda f: f.drop(columns="turnover")), "cannot be read"),
     }[name]  # fmt: skip
