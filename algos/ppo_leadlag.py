@@ -1,5 +1,6 @@
 """Masked discrete PPO (Schulman et al. 2017, arXiv:1707.06347) that learns which lookback a lead-lag strategy should use."""
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -244,10 +245,11 @@ def save_checkpoint(path, content):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, config=(tyro.conf.OmitArgPrefixes,))
-    if args.env_id != MARKET_ENV:
-        default = dataclasses.replace(Args(), **CLASSIC_CONTROL)
-        args = tyro.cli(Args, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides on the defaults of the rest
+    first.add_argument("--env-id", "--env_id", default=MARKET_ENV)
+    chosen, _ = first.parse_known_args()
+    settings = CLASSIC_CONTROL if chosen.env_id != MARKET_ENV else {}
+    args = tyro.cli(Args, default=dataclasses.replace(Args(), **settings), config=(tyro.conf.OmitArgPrefixes,))
     checkpoint = None
     if args.resume:
         run_dir = Path(args.resume)

@@ -1,5 +1,6 @@
 """Continuous PPO (Schulman et al. 2017, arXiv:1707.06347) that learns the weights of a portfolio under constraints."""
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -261,12 +262,13 @@ def save_checkpoint(path, content):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, config=(tyro.conf.OmitArgPrefixes,))
-    if args.env_id != MARKET_ENV:
-        args = tyro.cli(Args, default=dataclasses.replace(Args(), **CLASSIC_CONTROL), config=(tyro.conf.OmitArgPrefixes,))
-    for market, settings in KNOWN.items():
-        if args.env_id == MARKET_ENV and args.market.startswith(market):
-            args = tyro.cli(Args, default=dataclasses.replace(Args(), **settings), config=(tyro.conf.OmitArgPrefixes,))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides on the defaults of the rest
+    first.add_argument("--env-id", "--env_id", default=MARKET_ENV)
+    first.add_argument("--market", default=Args.market)
+    chosen, _ = first.parse_known_args()
+    settings = next((settings for market, settings in KNOWN.items() if chosen.market.startswith(market)), {})
+    settings = CLASSIC_CONTROL if chosen.env_id != MARKET_ENV else settings
+    args = tyro.cli(Args, default=dataclasses.replace(Args(), **settings), config=(tyro.conf.OmitArgPrefixes,))
     checkpoint = None
     if args.resume:
         run_dir = Path(args.resume)

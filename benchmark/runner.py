@@ -127,7 +127,8 @@ def terms(args: Args, market: str) -> tuple[str, ...]:
 
 def code_hash(job: Job) -> str:
     """Of the script and all of envs/: a run of older code is run again."""
-    sources = [job.path, *sorted((ROOT / "envs").glob("*.py"))]
+    rules = [ROOT / "benchmark" / "rules.py"] if job.script == BASELINES else []
+    sources = [job.path, *rules, *sorted((ROOT / "envs").glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

@@ -181,34 +181,34 @@ def order_one(i, m, p, s, memory, actions, b):
         cash = p.scale * score(actions[i, n]) + (budget - held if p.change else 0.0)
 
     lossy = s.length >= p.guard_window and s.window_growth < p.guard_return
-    for attempt in range(2):
-        project(y, low, high, m.group, caps[: p.num_groups], gross_cap, net_low, net_high, cash, kappa, order)
-        if attempt == 1:
-            break
-        turnover = 0.0
-        for j in range(n):
-            if m.present[t, j]:
-                turnover += abs(order[j] - memory[i, j])
-        b.components[i, 7] = lossy
-        b.components[i, 8] = turnover > p.guard_turnover
-        if not lossy and turnover <= p.guard_turnover:
-            break
-        part = p.guard_probe if turnover > p.guard_turnover else 1.0
-        penalty = p.guard_penalty if lossy else 0.0
-        cash = net_budget if p.long_only else -np.inf
-        for j in range(n):
-            if m.present[t, j]:
-                trade = order[j] - memory[i, j]
-                trade = math.copysign(max(0.0, abs(trade) - penalty), trade)
-                y[j] = memory[i, j] + part * trade
-                cash -= y[j]
     fallen = s.equity <= s.peak * (1.0 - p.guard_drawdown)
-    b.components[i, 6] = fallen
+    b.components[i, 6], b.components[i, 7] = fallen, lossy
+    for stage in range(3):  # the agent's order; after penalty and probe; scaled down: each within the constraints
+        if stage == 1:
+            turnover = 0.0
+            for j in range(n):
+                if m.present[t, j]:
+                    turnover += abs(order[j] - memory[i, j])
+            large = turnover > p.guard_turnover
+            b.components[i, 8] = large
+            if not (lossy or large):
+                continue
+        elif stage == 2 and not fallen:
+            break
+        if stage > 0:
+            part = p.guard_probe if large and stage == 1 else 1.0
+            penalty = p.guard_penalty if lossy and stage == 1 else 0.0
+            cash = net_budget if p.long_only else -np.inf
+            for j in range(n):
+                if m.present[t, j]:
+                    trade = order[j] - memory[i, j]
+                    trade = math.copysign(max(0.0, abs(trade) - penalty), trade)
+                    y[j] = memory[i, j] + part * trade if stage == 1 else p.guard_scale * order[j]
+                    cash -= y[j]
+        project(y, low, high, m.group, caps[: p.num_groups], gross_cap, net_low, net_high, cash, kappa, order)
     for j in range(n):
         if not m.present[t, j]:
             order[j] = memory[i, j]
-        elif fallen:
-            order[j] *= p.guard_scale
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)

@@ -23,6 +23,7 @@ from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import make_panel
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("CLEANMARKETS_DATA", ROOT.parent / "shared" / "data"))  # real prices, no part of the project
 SMALL = "synthetic:leadlag:bars=400:train=2:val=1:test=2:assets=6:leaders=2:followers=2"
 CONFIG = LeadLagConfig(max_lookback=60, num_lookbacks=5)
 TINY = LeadLagConfig(min_lookback=5, max_lookback=20, num_lookbacks=3, min_symbols=3, min_coverage=0.7)
@@ -32,7 +33,7 @@ ACTIONS = ("absolute", "delta", "hybrid")
 # Portfolio-v0: constraints of every kind; {groups} stands for a file
 CONSTRAINTS = {
     "simplex": {},
-    "capped, no cash": {"cash": False, "asset_cap": 0.3},
+    "capped, no cash": {"cash": False, "asset_cap": 0.3, "gross": 2.0},
     "groups and leverage": {"leverage": True, "gross": 2.0, "asset_cap": 0.8, "groups": "{groups}", "group_cap": 0.7},
     "long/short": {
         "constraints": "long_short", "gross": 1.5, "net": 0.2, "asset_cap": 0.6, "groups": "{groups}", "group_cap": 0.8,
@@ -45,6 +46,8 @@ GUARD = RegimeGuard(
     guard_drawdown=0.02, guard_return=-0.01, guard_window=7, guard_penalty=0.05, guard_turnover=0.4, guard_probe=0.3
 )
 PENALTIES = {"differential_sharpe": 0.1, "turnover": 0.1, "drawdown": 0.2, "cvar": 0.3, "variance": 0.4}
+
+pytest.register_assert_rewrite("scripts")
 
 # the same cases on every machine and in every run; pure-Python runs are slow, so no deadline
 settings.register_profile("cleanmarkets", deadline=None, derandomize=True, database=None)
@@ -71,6 +74,20 @@ def portfolios(tmp_path_factory) -> dict[str, PortfolioData]:
     """Name in CONSTRAINTS -> tables over a ragged panel with a series per symbol and a global one, at high costs."""
     groups = tmp_path_factory.mktemp("groups") / "groups.csv"
     return {name: portfolio_data(name, ragged_with_series(), groups) for name in CONSTRAINTS}
+
+
+@pytest.fixture(scope="session")
+def calm_data(small_panel) -> PortfolioData:
+    return PortfolioData(small_panel)
+
+
+@pytest.fixture(params=(*ACTIONS, "simplex", "long/short"))
+def market(request, small_data, portfolios) -> tuple[LeadLagData | PortfolioData, dict]:
+    """Tables and options of an environment of each kind: LeadLag-v0 by action, Portfolio-v0 by constraints."""
+    if request.param in ACTIONS:
+        return small_data, {"actions": request.param, "max_jump": 1, "reward_weights": {"strength": 1.0}}
+    data = portfolios[request.param]
+    return data, {"split": whole(data.panel), "guard": GUARD, "reward_weights": PENALTIES}
 
 
 def portfolio_data(name: str, panel: Panel, groups: Path, **changes) -> PortfolioData:

@@ -8,9 +8,12 @@ from conftest import TINY, assert_same_bits, ragged_panel, tampered
 
 from envs import features
 from envs.features import (
+    ASSET_FEATURES,
     REGIME_FEATURES,
     REGIME_WINDOWS,
     SIGNALS,
+    TREND_WINDOWS,
+    asset_features,
     leadlag_signal,
     log_returns,
     regime_features,
@@ -210,27 +213,50 @@ def test_average_correlation_is_one_when_all_move_alike_and_nearly_zero_when_the
     np.testing.assert_allclose(regime_features(same)[moved, column], 1, atol=1e-4)
 
 
-def test_regime_features_of_a_history_do_not_depend_on_the_one_before(small_panel):
+def test_features_of_a_history_do_not_depend_on_the_one_before(small_panel):
     start, stop = small_panel.segments[1:3]
     alone = replace(
         small_panel, timestamps=small_panel.timestamps[start:stop], segments=np.zeros(1, np.int64), segment_split=None,
         hidden={}, **{name: values[start:stop] for name, values in small_panel.fields.items()},
     )  # fmt: skip
     np.testing.assert_allclose(regime_features(small_panel)[start:stop], regime_features(alone), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(asset_features(small_panel)[start:stop], asset_features(alone), rtol=1e-4, atol=1e-5)
     found, expected = (leadlag_signal(p, np.array([5, 60])) for p in (small_panel, alone))
     assert_same_bits(found.scores[start:stop], expected.scores, "scores")
     assert_same_bits(found.stability[start:stop], expected.stability, "stability")
 
 
+def test_asset_features_equal_the_slow_definition():
+    panel = ragged_panel(5, bars=150)
+    found, x, returns = asset_features(panel), slow_standardised(panel), log_returns(panel)
+    at, seen = ASSET_FEATURES.index, 0
+    assert found.shape == (150, 6, len(ASSET_FEATURES)) and found.dtype == np.float32
+    for t, i in np.ndindex(150, 6):
+        if not panel.present[: t + 1, i].any():
+            assert not found[t, i].any(), "not listed yet"
+            continue
+        seen += not panel.present[t, i]
+        assert found[t, i, at("return")] == pytest.approx(x[t, i], rel=1e-5, abs=1e-6)
+        for w in TREND_WINDOWS:
+            window = slice(max(0, t + 1 - w), t + 1)
+            trend = x[window, i].sum() / np.sqrt(min(w, t + 1))
+            assert found[t, i, at(f"trend_{w}")] == pytest.approx(trend, rel=1e-5, abs=1e-6)
+        variance = max(1e-12, np.square(returns[max(0, t - 19) : t + 1, i]).mean())
+        volatility = np.log(np.sqrt(variance * panel.bars_per_year))
+        assert found[t, i, at("log_vol")] == pytest.approx(volatility, rel=1e-4, abs=1e-5)
+        assert found[t, i, at("present")] == panel.present[t, i]
+    assert seen > 50, "no gaps: the test shows nothing"
+
+
 def tables(panel, signal):
-    """name -> (T, ...): all that LeadLag-v0 shows an agent or derives its orders from."""
+    """name -> (T, ...): all that LeadLag-v0 shows an agent or derives its orders from, and Portfolio-v0's by symbol."""
     config = replace(TINY, signal=signal, encoder="full", hedge=signal == "levy", min_dollar_volume=1e3)
     data = LeadLagData(panel, config)
     topk = LeadLagData(panel, replace(config, encoder="topk", topk=2))
     return {
         **data.signal._asdict(), "standardised": standardised_returns(panel), "regime": data.regime, "valid": data.valid,
         "targets": data.targets, "extremity": data.extremity,
-        "matrix_and_more": data.matrix, "topk": topk.matrix, "context": data.context,
+        "matrix_and_more": data.matrix, "topk": topk.matrix, "context": data.context, "assets": asset_features(panel),
     }  # fmt: skip
 
 

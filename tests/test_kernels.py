@@ -83,7 +83,7 @@ def test_simulated_cuda_equals_pure_python(ragged_data, pure_python, actions, tm
     assert_same_trace(kernel_trace_in_process(ragged_data, tmp_path, "cuda", actions, **SIMULATOR), pure_python[actions])
 
 
-PORTFOLIOS = ("groups and leverage", "long/short")  # every branch of the kernels, uncompiled
+PORTFOLIOS = ("groups and leverage", "long/short", "changes, long")  # every branch of the kernels, uncompiled
 
 
 @pytest.fixture(scope="module")

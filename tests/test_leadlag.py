@@ -14,7 +14,6 @@ from conftest import (
     SMALL,
     TINY,
     assert_same_bits,
-    assert_same_rollout,
     make_env,
     ragged_panel,
     random_actions,
@@ -57,73 +56,6 @@ def test_a_market_by_name_is_drawn_with_its_seed_and_config():
     config = {"max_lookback": 60, "num_lookbacks": 5}
     hashes = [LeadLagVectorEnv(1, SMALL, market_seed=s, **config).data.panel.sha256 for s in (3, 3, 4)]
     assert hashes[0] == hashes[1] != hashes[2]
-
-
-@pytest.mark.parametrize("actions", ACTIONS)
-def test_market_i_at_seed_s_is_the_single_env_at_seed_s_plus_i(small_data, actions):
-    """Over several episodes: autoreset's observation is what the single env's reset() returns."""
-    options = {"actions": actions, "episode_length": 23, "max_jump": 2}
-    vector = make_env(small_data, 4, **options)
-    chosen = random_actions(vector, 80, seed=1)
-    log = rollout(vector, chosen, seed=50)
-    assert log["truncated"].sum() >= 12
-    for i in range(4):
-        single = LeadLagEnv(data=small_data, **options)
-        obs, info = single.reset(seed=50 + i)
-        for n in range(len(chosen)):
-            assert_same_bits(obs, log["seen_obs"][n, i], "obs")
-            assert_same_bits(info["action_mask"], log["seen_mask"][n, i], "mask")
-            assert_same_bits(single.action_masks(), log["seen_mask"][n, i], "action_masks()")
-            obs, reward, terminated, truncated, info = single.step(chosen[n, i])
-            assert reward == log["reward"][n, i] and truncated == log["truncated"][n, i] and not terminated
-            assert_same_bits(info["record"], log["record"][n, i], "record")
-            if truncated:
-                assert_same_bits(obs, log["final_obs"][n, i], "final_obs")
-                assert_same_bits(info["action_mask"], log["final_mask"][n, i], "final mask")
-                obs, info = single.reset()
-
-
-def test_a_list_of_seeds_and_going_on_without_one(small_data):
-    env, other = make_env(small_data, 3), make_env(small_data, 3)
-    assert_same_bits(env.reset(seed=[7, 8, 9])[0], other.reset(seed=7)[0])
-    assert_same_bits(env.reset()[0], other.reset()[0])
-    rows = [env.reset()[1]["row"] for _ in range(20)]
-    assert len(np.unique(rows)) > 20, "reset() without a seed repeats itself"
-    for seed in (-1, [1, 2], [1, 2, -3]):
-        with pytest.raises(ValueError, match="seed="):
-            env.reset(seed=seed)
-
-
-def test_single_env_info_belongs_to_the_observation_it_comes_with(small_data):
-    env = LeadLagEnv(data=small_data, split="val", episode_length=9, random_start=True)
-    _, first = env.reset(seed=0)
-    row, keys = first["row"], set(first)
-    for n in range(9):
-        _, _, _, truncated, info = env.step(2)
-        assert info["row"] == row + n + 1, f"step {n}"
-    assert truncated
-    assert set(env.reset()[1]) == keys
-
-
-def test_same_step_autoreset(small_data):
-    """final_obs is what an unbroken episode shows at that bar; obs is the first of the next episode."""
-    options = {"split": "test", "random_start": False}
-    short, endless = make_env(small_data, 2, episode_length=12, **options), make_env(small_data, 2, episode_length=0, **options)
-    first, _ = short.reset(seed=0)
-    endless.reset(seed=0)
-    for n in range(1, 13):
-        actions = np.array([n % 5, (n + 2) % 5])
-        unbroken = endless.step(actions)
-        obs, reward, terminated, truncated, infos = short.step(actions)
-        assert_same_bits(reward, unbroken[1], "reward")
-        assert truncated.all() == (n == 12) and truncated.any() == truncated.all() and not terminated.any()
-        if n < 12:
-            assert_same_bits(obs, unbroken[0], "obs")
-            assert "final_obs" not in infos
-    assert_same_bits(infos["final_obs"], unbroken[0], "final_obs")
-    assert_same_bits(infos["final_action_mask"], unbroken[4]["action_mask"], "final_action_mask")
-    assert_same_bits(obs, first, "first obs of the next episode")
-    assert infos["_final_obs"].all()
 
 
 @pytest.mark.parametrize("length", (1, 40, 10_000, 0))
@@ -304,35 +236,6 @@ def test_shaping_fades_linearly_to_nothing(small_data):
     np.testing.assert_allclose(log["reward"], log["component_log_growth"] + 3 * log["component_strength"], rtol=1e-5, atol=1e-7)
 
 
-def test_what_step_returns_belongs_to_the_caller(small_data):
-    env = make_env(small_data, 3, episode_length=2)
-    obs, infos = env.reset(seed=0)
-    kept = []
-    for actions in random_actions(env, 6):
-        kept.append((obs, obs.copy()))
-        obs, reward, terminated, truncated, infos = env.step(actions)
-        kept += [(a, a.copy()) for a in (reward, terminated, truncated)]
-        kept += [(a, a.copy()) for a in infos.values() if isinstance(a, np.ndarray)]
-        kept += [(a, a.copy()) for a in infos["components"].values()]
-    for mine, copy in kept:
-        assert_same_bits(mine, copy)
-
-
-def test_out_receives_the_observations(small_data):
-    env, other = make_env(small_data, 3, episode_length=4), make_env(small_data, 3, episode_length=4)
-    storage = np.zeros((6, *other.reset(seed=0)[0].shape), np.float32)
-    env.reset(seed=0)
-    for n, actions in enumerate(random_actions(env, 6)):
-        result, expected = env.step(actions, out=storage[n]), other.step(actions)
-        assert result[0] is not None and np.shares_memory(result[0], storage[n])
-        for found, copy in zip(result[:4], expected[:4]):
-            assert_same_bits(found, copy)
-    shape = storage[0].shape
-    for bad in (np.zeros(shape), np.zeros((2, shape[1]), np.float32), np.zeros(shape[::-1], np.float32).T):
-        with pytest.raises(ValueError, match="out: .*expected C-contiguous float32"):
-            env.step([0, 0, 0], out=bad)
-
-
 @pytest.mark.parametrize("actions", ([0, 1, 5], [0, 1, -1], [0, 1], [[0, 1, 2]], [0.0, 1.0, 2.0], 2, [0, 1, np.nan]))
 def test_bad_actions_raise(small_data, actions):
     env = make_env(small_data, 3)
@@ -344,22 +247,6 @@ def test_bad_actions_raise(small_data, actions):
         env.step(actions)
     for name, value in env.get_state().items():
         assert_same_bits(value, before[name], name)
-
-
-@pytest.mark.parametrize("kind", ACTIONS)
-def test_state_round_trip_goes_on_bit_for_bit(small_data, kind):
-    options = dict(
-        actions=kind, episode_length=15, max_jump=1, curriculum=(9, 33), curriculum_steps=60, anneal_steps=60,
-        reward_weights={"strength": 1.0},
-    )  # fmt: skip
-    env, later = make_env(small_data, 5, **options), make_env(small_data, 5, **options)
-    chosen = random_actions(env, 100)
-    rollout(env, chosen[:38])
-    later.set_state(env.get_state())
-    expected, found = rollout(env, chosen[38:], seed=None), rollout(later, chosen[38:], seed=None)
-    for log in (expected, found):
-        log["seen_obs"] = log["seen_obs"][1:]  # the caller keeps the observation it already has
-    assert_same_rollout(found, expected)
 
 
 @pytest.mark.parametrize("hedge", (False, True))

@@ -3,25 +3,26 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import ROOT, run_python
+from conftest import DATA, run_python
+from scripts import SCRIPTS, actions_of
 
 from envs import references
 from envs.leadlag_tables import LeadLagData
 from envs.ledger import growth
 from envs.synthetic import load_market
 
-SCRIPT = ROOT / "algos" / "ppo_leadlag.py"
-REAL = ROOT.parent / "shared" / "data"
+LEADLAG, PORTFOLIO = "ppo_leadlag", "ppo_portfolio"
 SMALL_BUDGET = ("--total-timesteps", "65536", "--num-envs", "256", "--num-steps", "16", "--eval-every", "4")
 SECONDS = 3600
 
 pytestmark = pytest.mark.slow
 
 
-def train(tmp_path, *options) -> dict:
-    """run.json of a run of the script on one thread."""
-    done = run_python(str(SCRIPT), *options, "--num-threads", "1", "--runs-dir", str(tmp_path), timeout=SECONDS)
+def train(script, tmp_path, *options) -> dict:
+    """run.json of a run of a script on one thread."""
+    done = run_python(str(SCRIPTS[script].path), *options, "--num-threads", "1", "--runs-dir", str(tmp_path), timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = tmp_path.iterdir()
     assert (folder / "model.pt").exists()
@@ -30,7 +31,7 @@ def train(tmp_path, *options) -> dict:
 
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_captures_the_planted_signal_on_every_seed(tmp_path, seed):
-    run = train(tmp_path, "--market", "synthetic:leadlag", "--seed", str(seed))
+    run = train(LEADLAG, tmp_path, "--market", "synthetic:leadlag", "--seed", str(seed))
     assert run["capture"] >= 0.70
 
 
@@ -48,33 +49,98 @@ def test_the_gap_to_capture_is_no_accident(seed):
 
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_finds_nothing_where_there_is_nothing(tmp_path, seed):
-    agent = train(tmp_path, "--market", "synthetic:noise", "--seed", str(seed))["scores"]["test"]["agent"]
+    agent = train(LEADLAG, tmp_path, "--market", "synthetic:noise", "--seed", str(seed))["scores"]["test"]["agent"]
     assert agent["gross_sharpe_low"] <= 0 <= agent["gross_sharpe_high"]
     assert agent["sharpe"] < agent["gross_sharpe"] and agent["cost"] > 0
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_earns_most_of_the_utility_of_garleanu_and_pedersen(tmp_path, seed):
+    run = train(PORTFOLIO, tmp_path, "--market", "synthetic:garleanu-pedersen", "--seed", str(seed))
+    assert run["utility_share"] >= 0.90
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_holds_the_merton_fraction(tmp_path, seed):
+    """0.6: the drift of 0.006 over the squared volatility of 0.1."""
+    exposure = train(PORTFOLIO, tmp_path, "--market", "synthetic:merton", "--seed", str(seed))["mean_net_exposure"]
+    assert exposure["closed form"] == pytest.approx(0.6, rel=0.01)
+    assert exposure["agent"] == pytest.approx(0.6, rel=0.10)
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_guards_gain_nothing_where_there_is_nothing(tmp_path, seed):
+    """Without costs, of which a guard would spare some by trading less."""
+    guards = ["--guard-drawdown", "0.05", "--guard-return", "-0.02", "--guard-turnover", "0.1"]
+    options = ["--market", "synthetic:noise", "--costs", "zero", *guards, *SMALL_BUDGET, "--seed", str(seed)]
+    guard = train(PORTFOLIO, tmp_path, *options)["guard"]
+    assert guard["low"] <= 0 and guard["low"] < guard["high"]
+    assert set(guard["hit_rates"]) == {"guard_drawdown", "guard_return", "guard_turnover"}
+    assert max(guard["hit_rates"].values()) > 0.01, "no guard ever fired"
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
 @pytest.mark.parametrize("env_id, least", [("CartPole-v1", 475), ("Acrobot-v1", -95)])
 def test_classic_control_reaches_cleanrls_results(tmp_path, env_id, least, seed):
     """CleanRL's documentation: 490 +- 6 and -86.4 +- 1.3 after 500k steps."""
-    run = train(tmp_path, "--env-id", env_id, "--total-timesteps", "500000", "--seed", str(seed))
+    run = train(LEADLAG, tmp_path, "--env-id", env_id, "--total-timesteps", "500000", "--seed", str(seed))
     assert run["last_100_returns"] >= least
 
 
-@pytest.mark.parametrize("market", ["sp500", "crypto_daily_close.csv", "us_equities_daily.parquet", "crypto_hourly.parquet"])
-def test_real_markets_run_end_to_end(tmp_path, market):
-    path = market if market == "sp500" else str(REAL / market)
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_pendulum_comes_near_rl_zoos_result(tmp_path, seed):
+    """rl-zoo: -172 +- 104 after 100k steps, of the mean action as here."""
+    assert train(PORTFOLIO, tmp_path, "--env-id", "Pendulum-v1", "--seed", str(seed))["eval_return"] >= -250
+
+
+def real(market: str) -> str:
+    """What `--market` takes."""
     if market == "sp500":
         pytest.importorskip("skfolio", reason="sp500 comes with skfolio, which is not installed")
-    elif not (REAL / market).exists():
-        pytest.skip(f"{path} is not there: real data for measuring are not part of the project")
-    run = train(tmp_path, "--market", path, *SMALL_BUDGET)
-    assert run["status"] == "finished" and run["capture"] is None
+        return market
+    if not (DATA / market).exists():
+        pytest.skip(f"no real market data: {DATA / market} is absent (set CLEANMARKETS_DATA)")
+    return str(DATA / market)
+
+
+def check_real(run, names):
+    """The scores are numbers, and the splits in order."""
+    assert run["status"] == "finished"
     scores = run["scores"]["test"]
-    assert {"agent", "best in training", "random", "equal weight"} < set(scores)
+    assert names <= set(scores)
     for name, score in scores.items():
         assert (
             score["bars"] > 100 and np.isfinite([score[key] for key in ("growth", "sharpe", "max_drawdown", "cost")]).all()
         ), name
     times = run["panel"]["splits"]
     assert times["train"]["end"] < times["val"]["start"] < times["val"]["end"] < times["test"]["start"]
+
+
+@pytest.mark.parametrize("market", ["sp500", "crypto_daily_close.csv", "us_equities_daily.parquet", "crypto_hourly.parquet"])
+def test_lookbacks_on_real_markets(tmp_path, market):
+    run = train(LEADLAG, tmp_path, "--market", real(market), *SMALL_BUDGET)
+    assert run["capture"] is None
+    check_real(run, {"agent", "best in training", "random", "equal weight"})
+
+
+@pytest.mark.parametrize(
+    "market, costs",
+    [("sp500", "retail"), ("us_equities_daily.parquet", "institutional"), ("crypto_hourly.parquet", "crypto")],
+)
+def test_portfolios_on_real_markets(tmp_path, market, costs):
+    run = train(PORTFOLIO, tmp_path, "--market", real(market), "--costs", costs, *SMALL_BUDGET)
+    check_real(run, {"agent", "equal weight"})
+    assert run["market"]["costs"]["name"] == costs and "utility_share" not in run
+    (folder,) = tmp_path.iterdir()
+    frame, symbols = pd.read_parquet(folder / "ledger.parquet"), run["panel"]["symbols"]
+    assert tuple(frame.columns) == SCRIPTS[PORTFOLIO].columns and list(frame["split"].unique()) == ["train", "val", "test"]
+    assert not frame.drop(columns="action").isna().any(axis=None) and frame["timestamp"].is_monotonic_increasing
+    weights = actions_of(frame)
+    assert weights.shape == (len(frame), len(symbols)) and weights.min() >= 0 and weights.sum(axis=1).max() <= 1 + 1e-9
+    # what is traded costs what the preset says, and some impact; a day in cash and back would be a turnover of 2
+    rates = run["market"]["costs"]
+    each = 1e-4 * (rates["commission_bps"] + rates["half_spread_bps"] + rates["slippage_bps"])
+    for split in ("train", "val", "test"):
+        agent = run["scores"][split]["agent"]
+        assert 0 < agent["turnover"] < 0.5 * run["panel"]["bars_per_year"]
+        assert 0.99 * each <= agent["cost"] / agent["turnover"] <= 1.5 * each

@@ -113,6 +113,34 @@ def test_short_series_have_no_interval():
     assert not {*INTERVALS, "bootstrap"} & set(ledger.summarise(table(net), 252, resamples=0))
 
 
+def test_difference_has_a_sign_and_an_honest_interval():
+    """Paired with a noisy copy of itself: 0 inside; with one that also gains: outside, on the side that it should be."""
+    rng = np.random.default_rng(4)
+    for markets, how in ((2, "stationary bootstrap"), (12, "12 markets resampled whole")):
+        net = [0.01 * rng.standard_normal(400) for _ in range(markets)]
+        base = table(*net).assign(split="test", timestamp=0)
+        noise = 0.001 * rng.standard_normal(len(base))
+        gained = base.assign(net_return=(1 + base["net_return"]) * np.exp(noise - noise.mean() + 3e-4) - 1)
+        gain, low, high, drawn = ledger.difference(gained, base, 252)
+        assert gain == pytest.approx(252 * 3e-4) and 0 < low < gain < high and how in drawn
+        assert high - low == pytest.approx(2 * 1.96 * 252 * 0.001 / np.sqrt(len(base)), rel=0.5)
+        loss, low, high, _ = ledger.difference(base, gained, 252)
+        assert loss == pytest.approx(-gain) and low < loss < high < 0
+        noisy = base.assign(net_return=(1 + base["net_return"]) * np.exp(noise) - 1)
+        gain, low, high, _ = ledger.difference(noisy, base, 252)
+        assert low < 0 < high and low < gain < high
+
+
+def test_difference_of_ledgers_that_cannot_be_paired_is_refused():
+    base = table([0.01] * 30, [0.02] * 30).assign(split="test", timestamp=np.arange(60))
+    gain, low, high, _ = ledger.difference(base.assign(net_return=1.01 * (1 + base["net_return"]) - 1), base, 252)
+    assert gain == pytest.approx(252 * np.log(1.01)) and low == pytest.approx(gain) and high == pytest.approx(gain)
+    assert ledger.difference(base, base, 252)[:3] == (0.0, 0.0, 0.0)
+    for other in (base.iloc[1:], base.assign(timestamp=1), base.assign(market=0), base.assign(split="val")):
+        with pytest.raises(ValueError, match="different bars; expected the same split, markets and timestamps"):
+            ledger.difference(base, other, 252)
+
+
 def test_growth_counts_no_bar_for_less_than_ruin():
     found = ledger.growth(table([0.0, 0.5, -0.5, -0.96, -1.0, -1.7]))
     np.testing.assert_allclose(found, np.log([1.0, 1.5, 0.5, RUIN, RUIN, RUIN]), rtol=1e-15)

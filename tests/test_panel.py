@@ -1,22 +1,17 @@
 """Panels load exactly or fail with a message that names file, symbol and row; no bar is ever moved back in time."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import DATA, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.files import load_panel
 from envs.panel import FIELDS, Panel, PanelError, Split
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(os.environ.get("CLEANMARKETS_DATA", ROOT.parent / "shared" / "data"))
 OHLCV = "date,symbol,open,high,low,close,volume\n"
 GOOD = OHLCV + "2020-01-01,A,1,3,1,2,10\n2020-01-01,B,5,5,5,5,0\n2020-01-02,A,2,4,2,4,20\n2020-01-02,B,5,6,5,6,7\n"
 
@@ -435,10 +430,8 @@ def test_sha256_sees_every_value_but_not_the_name():
 
 
 def test_sha256_is_the_same_in_another_process():
-    code = "from tests.test_panel import three_histories; print(three_histories().sha256)"
-    output = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True
-    )
+    code = "from test_panel import three_histories; print(three_histories().sha256)"
+    output = run_python("-c", code, PYTHONHASHSEED="7")
     assert output.stdout.strip() == three_histories().sha256, output.stderr
 
 

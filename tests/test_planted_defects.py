@@ -7,24 +7,24 @@ import pytest
 from conftest import ROOT, run_python
 
 TESTS = (
-    "conftest.py",
-    "test_costs.py",
-    "test_features.py",
-    "test_leadlag.py",
-    "test_panel.py",
-    "test_portfolio.py",
+    "conftest.py", "test_costs.py", "test_features.py", "test_leadlag.py", "test_panel.py", "test_portfolio.py",
     "test_series.py",
-)
+)  # fmt: skip
 LEAK_IN_FEATURES = "test_features.py::test_no_feature_and_no_target_uses_a_later_bar[xcorr]"
 LEAK_IN_ENV = "test_leadlag.py::test_nothing_seen_or_earned_depends_on_later_bars[same_close]"
 CASH = "test_costs.py::test_cash_costs_nothing"
 DRIFT = "test_costs.py::test_turnover_is_measured_against_drifted_weights"
 FILL = "test_costs.py::test_fills_by_hand[next_open-price0-status0]"
 REWARD = "test_leadlag.py::test_reward_is_log_growth_after_costs_by_default"
-LEAK_IN_PORTFOLIO = "test_portfolio.py::test_nothing_seen_or_earned_depends_on_later_bars[long/short-next_close]"
-GUARD_AT_THRESHOLD = "test_portfolio.py::test_guards_at_their_threshold"
-LAG = "test_series.py::test_the_default_lag_is_one_bar"
-NODES = (LEAK_IN_FEATURES, LEAK_IN_ENV, CASH, DRIFT, FILL, REWARD, LEAK_IN_PORTFOLIO, GUARD_AT_THRESHOLD, LAG)
+LEAK_IN_PORTFOLIO = "test_portfolio.py::test_nothing_seen_or_earned_depends_on_later_bars[long/short-next_open]"
+GUARDS = "test_portfolio.py::test_guards_at_their_threshold"
+NO_TRADE = "test_portfolio.py::test_scores_of_zero"
+PORTFOLIO_REWARD = "test_portfolio.py::test_every_bar_adds_up[short-guarded]"
+LEAK_IN_SERIES = "test_series.py::test_global_series[s.csv]"
+NODES = (
+    LEAK_IN_FEATURES, LEAK_IN_ENV, CASH, DRIFT, FILL, REWARD, LEAK_IN_PORTFOLIO, GUARDS, NO_TRADE, PORTFOLIO_REWARD,
+    LEAK_IN_SERIES,
+)  # fmt: skip
 
 # name -> file, the text to be replaced, what replaces it, the tests that must notice
 DEFECTS = {
@@ -33,30 +33,6 @@ DEFECTS = {
         "lead += x[t, order[n - 1 - q]]",
         "lead += x[min(t + 1, rows - 1), order[n - 1 - q]]",
         (LEAK_IN_FEATURES, LEAK_IN_ENV),
-    ),
-    "a symbol's trend includes the next bar": (
-        "features.py",
-        "    row = np.arange(len(x))\n",
-        "    x = np.roll(x, -1, axis=0)\n    row = np.arange(len(x))\n",
-        (LEAK_IN_PORTFOLIO,),
-    ),
-    "a portfolio sees the bar that fills it": (
-        "portfolio.py",
-        "    t = s.t\n    for e in range(features):",
-        "    t = min(s.t + 1, len(m.assets) - 1)\n    for e in range(features):",
-        (LEAK_IN_PORTFOLIO,),
-    ),
-    "a guard ignores its threshold": (
-        "portfolio.py",
-        "    fallen = s.equity <= s.peak * (1.0 - p.guard_drawdown)\n",
-        "    fallen = s.equity < s.peak\n",
-        (GUARD_AT_THRESHOLD,),
-    ),
-    "a series is seen one bar before its lag is over": (
-        "series.py",
-        "rows = np.arange(panel.num_bars) - min(lag, panel.num_bars)",
-        "rows = np.arange(panel.num_bars) - max(0, min(lag, panel.num_bars) - 1)",
-        (LAG,),
     ),
     "cash pays costs": (
         "costs.py",
@@ -86,6 +62,52 @@ DEFECTS = {
         "b.components[i, 0] = math.log(max(growth, RUIN))",
         "b.components[i, 0] = math.log(max(1.0 + b.record[i, 1], RUIN))",
         (REWARD,),
+    ),
+    "the portfolio's reward leaves out costs": (
+        "portfolio.py",
+        "b.components[i, 0] = log_growth",
+        "b.components[i, 0] = math.log(max(1.0 + b.record[i, 1], RUIN))",
+        (PORTFOLIO_REWARD,),
+    ),
+    "the features of symbols read the next bar": (
+        "features.py",
+        "np.where(listed, f, 0.0) for f in (*features, panel.present)",
+        "np.roll(np.where(listed, f, 0.0), -1, axis=0) for f in (*features, panel.present)",
+        (LEAK_IN_FEATURES, LEAK_IN_PORTFOLIO),
+    ),
+    "the portfolio's agent sees the next bar's regime": (
+        "portfolio.py",
+        "obs[i, features + e] = m.context[t, e]",
+        "obs[i, features + e] = m.context[min(t + 1, len(m.context) - 1), e]",
+        (LEAK_IN_PORTFOLIO,),
+    ),
+    "a series is known one bar early": (
+        "series.py",
+        "rows = np.arange(panel.num_bars) - min(lag, panel.num_bars)",
+        "rows = np.arange(panel.num_bars) - min(lag, panel.num_bars) + 1",
+        (LEAK_IN_SERIES,),
+    ),
+    "the drawdown guard ignores its threshold": (
+        "portfolio.py",
+        "fallen = s.equity <= s.peak * (1.0 - p.guard_drawdown)",
+        "fallen = p.guard_drawdown <= 1.0 and s.equity < s.peak",
+        (GUARDS,),
+    ),
+    "the turnover guard ignores its threshold": (
+        "portfolio.py",
+        "        if not lossy and turnover <= p.guard_turnover:\n"
+        "            break\n"
+        "        part = p.guard_probe if turnover > p.guard_turnover else 1.0\n",
+        "        if not lossy and p.guard_turnover == np.inf:\n"
+        "            break\n"
+        "        part = p.guard_probe if p.guard_turnover < np.inf else 1.0\n",
+        (GUARDS,),
+    ),
+    "changes are counted from the weights ordered, not from those held": (
+        "portfolio.py",
+        "y[j] = p.scale * score(actions[i, j]) + (w if p.change else 0.0)",
+        "y[j] = p.scale * score(actions[i, j]) + (memory[i, n + j] if p.change else 0.0)",
+        (NO_TRADE,),
     ),
 }
 

@@ -15,6 +15,11 @@ def histories(panel, split):
     return [slice(a, b) for a, b in panel.split()[split].ranges]
 
 
+def inside(panel):
+    """Rows that are not the first of a history."""
+    return np.setdiff1d(np.arange(panel.num_bars), panel.segments)
+
+
 @pytest.fixture(scope="module")
 def many_bars():
     return make_panel(MANY, seed=5)
@@ -32,14 +37,15 @@ def test_panel_is_a_function_of_the_seed(market):
     assert len(closes) == 4, "two histories are the same"
 
 
-@pytest.mark.parametrize("field", ("open", "close", "high", "low"))
-def test_a_history_does_not_depend_on_how_many_others_there_are(field):
-    few, many = (make_panel(f"synthetic:leadlag:bars=300:train={n}:val={n}:test={n}", seed=4) for n in (1, 3))
+@pytest.mark.parametrize("market", sorted(MARKETS))
+def test_a_history_does_not_depend_on_how_many_others_there_are(market):
+    few, many = (make_panel(f"synthetic:{market}:bars=300:train={n}:val={n}:test={n}", seed=4) for n in (1, 3))
     for split in SPLITS:
         for a, b in zip(histories(few, split), histories(many, split)):
-            np.testing.assert_array_equal(getattr(few, field)[a], getattr(many, field)[b])
-            for key in few.hidden:
-                np.testing.assert_array_equal(few.hidden[key][a], many.hidden[key][b])
+            for kind in ("fields", "hidden", "extras"):
+                assert getattr(few, kind).keys() == getattr(many, kind).keys()
+                for key, values in getattr(few, kind).items():
+                    np.testing.assert_array_equal(values[a], getattr(many, kind)[key][b])
 
 
 def test_splits_are_the_labelled_histories():
@@ -102,24 +108,62 @@ def test_followers_overdo_and_leaders_give_it_back(many_bars):
 
 def test_regimes_tell_themselves_apart_by_volatility(many_bars):
     returns = np.diff(np.log(many_bars.close), axis=0)
-    inside = np.ones(len(returns), bool)
-    inside[many_bars.segments[1:] - 1] = False
-    regime = many_bars.hidden["regime"][1:]
-    slow, fast = (returns[inside & (regime == kind)] for kind in (SLOW, FAST))
+    rows = inside(many_bars)
+    regime = many_bars.hidden["regime"][rows]
+    slow, fast = (returns[rows - 1][regime == kind] for kind in (SLOW, FAST))
     assert len(slow) > 1000 and len(fast) > 1000
     assert slow.std() == pytest.approx(0.02 * np.sqrt(1 + 0.14**2 * 0.8), rel=0.03)
     assert fast.std() == pytest.approx(0.01 * np.sqrt(1 + 0.6**2 * 0.8), rel=0.03)
 
 
+def test_garleanu_pedersen_is_as_described():
+    """Factors are stationary and revert at two speeds; the next simple return is the factor plus noise; no gaps."""
+    panel = make_panel("synthetic:garleanu-pedersen:bars=3000:train=8:val=1:test=1:vol=0.02:strength=0.3", seed=1)
+    factor, rows = panel.extras["factor"], inside(panel)
+    reversion = np.array([0.03, 0.2, 0.03, 0.2])
+    np.testing.assert_array_equal(panel.hidden["reversion"], np.tile(reversion, (panel.num_bars, 1)))
+    np.testing.assert_array_equal(panel.hidden["volatility"], 0.02)
+    np.testing.assert_array_equal(panel.hidden["expected_return"][rows], factor[rows - 1])  # known one bar before
+    assert not panel.hidden["expected_return"][panel.segments].any()
+    np.testing.assert_allclose(panel.open[rows], panel.close[rows - 1], rtol=1e-12)
+    bars = 3000 * 10 * reversion / (2 - reversion)  # independent ones
+    assert (np.abs(factor.std(axis=0) / (0.3 * 0.02) - 1) < 4 / np.sqrt(2 * bars)).all()
+    assert factor[panel.segments].std() == pytest.approx(0.3 * 0.02, rel=0.35)  # from the first bar on
+    for lag in (1, 5):
+        later = np.setdiff1d(rows, (panel.segments[:, None] + np.arange(lag)).ravel())
+        found = (factor[later] * factor[later - lag]).mean(axis=0) / (factor**2).mean(axis=0)
+        np.testing.assert_allclose(found, (1 - reversion) ** lag, atol=0.03)
+    shock = panel.close[rows] / panel.close[rows - 1] - 1 - factor[rows - 1]
+    assert shock.std() == pytest.approx(0.02, rel=0.02) and abs(shock.mean()) < 4 * 0.02 / np.sqrt(shock.size)
+    between = np.corrcoef(np.column_stack([shock, factor[rows]]).T) - np.eye(8)
+    slow = np.repeat([0, 1], 4)[:, None] * np.repeat([0, 1], 4)  # reverting factors are alike by chance for longer
+    assert np.abs(between[slow == 0]).max() < 0.03 and np.abs(between).max() < 0.15
+
+
+def test_merton_is_as_described():
+    """Geometric Brownian motion of that drift and volatility in simple and log returns, without gaps."""
+    panel = make_panel("synthetic:merton:bars=3000:train=18:val=1:test=1:drift=0.006:vol=0.1", seed=1)
+    rows = inside(panel)
+    np.testing.assert_array_equal(panel.hidden["expected_return"], 0.006)
+    np.testing.assert_array_equal(panel.hidden["volatility"], 0.1)
+    assert panel.extras == {} and "reversion" not in panel.hidden
+    np.testing.assert_allclose(panel.open[rows], panel.close[rows - 1], rtol=1e-12)
+    growth = np.log(panel.close[rows] / panel.close[rows - 1])[:, 0]
+    error = 0.1 / np.sqrt(len(rows))
+    assert abs(np.expm1(growth).mean() - 0.006) < 4 * error < 0.5 * 0.1**2 / 2, "too few bars to tell means of logs apart"
+    assert growth.std() == pytest.approx(0.1, rel=0.02)
+    assert abs(np.corrcoef(growth[:-1], growth[1:])[0, 1]) < 4 / np.sqrt(len(rows))
+
+
 def test_noise_earns_nothing_on_average():
     panel = make_panel("synthetic:noise:bars=3000:train=4:val=1:test=1:vol=0.05", seed=1)
-    inside = np.setdiff1d(np.arange(1, panel.num_bars), panel.segments)
-    for now, later in ((panel.close[inside - 1], panel.close[inside]), (panel.open[inside], panel.close[inside])):
+    rows = inside(panel)
+    for now, later in ((panel.close[rows - 1], panel.close[rows]), (panel.open[rows], panel.close[rows])):
         simple = later / now - 1
         error = simple.std() / np.sqrt(simple.size)
         assert abs(simple.mean()) < 4 * error
         assert 0.5 * 0.05**2 > 8 * error, "too few bars to see that log returns would be wrong"
-    assert (panel.close[inside] / panel.close[inside - 1]).std() == pytest.approx(0.05, rel=0.02)
+    assert (panel.close[rows] / panel.close[rows - 1]).std() == pytest.approx(0.05, rel=0.02)
     assert panel.hidden == {}
 
 
@@ -137,6 +181,12 @@ def test_noise_earns_nothing_on_average():
         ("synthetic:leadlag:life_fast=0.5", ("life_fast=0.5: expected",)),
         ("synthetic:leadlag:vol_slow=-1", ("vol_slow=-1.0: expected",)),
         ("synthetic:noise:vol=nan", ("vol=nan: expected",)),
+        ("synthetic:garleanu-pedersen:strength=0", ("strength=0.0: expected a number between 0 and 1",)),
+        ("synthetic:garleanu-pedersen:vol=1", ("vol=1.0: expected",)),
+        ("synthetic:garleanu-pedersen:reversion_slow=0", ("reversion_slow=0.0: expected a number in (0, 1]",)),
+        ("synthetic:garleanu-pedersen:reversion_fast=1.1", ("reversion_fast=1.1: expected",)),
+        ("synthetic:merton:vol=0", ("vol=0.0: expected a number between 0 and 1",)),
+        ("synthetic:merton:drift=-1", ("drift=-1.0: expected a number between -1 and 1",)),
     ),
 )
 def test_bad_markets_are_named(spec, words):

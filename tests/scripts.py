@@ -1,0 +1,310 @@
+"""Helpers and fixtures for the tests of the scripts in algos/: run one, and look at what it leaves and at its variables.
+
+A new script becomes part of tests/test_ppo_scripts.py by its entry in SCRIPTS. Tests of one script alone set `script` in
+their own module, and have `base`, `inside` and `complaint` for it.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, assert_same_bits, run_python
+
+from envs.costs import Costs, load_costs
+from envs.ledger import LEDGER
+from envs.portfolio import GUARDS
+
+ITERATIONS = 20
+BUDGET = [
+    "--num-envs", "64", "--num-steps", "16", "--total-timesteps", "20480", "--eval-every", "5", "--checkpoint-every", "2",
+    "--num-threads", "1", "--no-cuda",
+]  # fmt: skip
+UNLIKE = {"args", "train_seconds", "wall_clock", "sps", "git_commit"}  # in run.json, between two runs of the same seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """A script, the short run that its tests share, and what in a run is its own."""
+
+    name: str
+    env_id: str
+    market: str  # with 2 histories to train, 1 to validate and 2 to test
+    own: tuple[str, ...]  # more options of the short run
+    given: dict  # what `own` makes of nested arguments
+    score: str  # what validation maximises
+    others: tuple[str, ...]  # whom the table compares the agent with
+    costs: str  # of the short run
+    make_envs: Callable  # the variables of a run -> its training environments, anew
+    make_agent: Callable  # module, checkpoint -> an agent of the right size
+    twist: tuple[str, ...]  # options that make it hard to keep old and new log-probabilities equal
+    classic: tuple[str, float, float]  # a Gymnasium id; bounds on the return of nearly no training
+    refused: tuple[str, str]  # a Gymnasium id with actions of the wrong kind; what it expected
+    toy: gym.spaces.Space  # actions of the Toy below
+    toy_options: tuple[str, ...] = ()
+    columns: tuple[str, ...] = LEDGER
+    unexplained: tuple[str, ...] = ()  # flags that --help only lists
+
+    @property
+    def path(self) -> Path:
+        return ROOT / "algos" / f"{self.name}.py"
+
+    @property
+    def budget(self) -> list[str]:
+        return list(BUDGET)
+
+    @property
+    def short(self) -> list[str]:
+        return ["--market", self.market, *self.own, *BUDGET]
+
+    @functools.cached_property
+    def module(self) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(self.name, self.path)
+        sys.modules[self.name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    @functools.cached_property
+    def loaded_costs(self) -> Costs:
+        return load_costs(self.costs)
+
+
+SCRIPTS = {
+    script.name: script
+    for script in (
+        Script(
+            name="ppo_leadlag",
+            env_id="LeadLag-v0",
+            market="synthetic:leadlag:bars=400:train=2:val=1:test=2",
+            own=("--max-lookback", "60", "--num-lookbacks", "5"),
+            given={"leadlag": {"max_lookback": 60, "num_lookbacks": 5}},
+            score="growth",
+            others=(
+                *(f"lookback {k}" for k in (5, 9, 17, 32, 60)), "best in training", "random", "equal weight",
+                "oracle regime", "oracle returns",
+            ),
+            costs="institutional",
+            make_envs=lambda g: g["make_envs"](g["args"], g["data"], g["splits"], 1),
+            make_agent=lambda module, saved: module.Agent(saved["obs"].shape[1], saved["mask"].shape[1]),
+            twist=("--actions", "hybrid", "--max-jump", "1", "--curriculum", "9", "40"),
+            classic=("CartPole-v1", 9, 200),
+            refused=("Pendulum-v1", "discrete"),
+            toy=gym.spaces.Discrete(3),
+            unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
+        ),
+        Script(
+            name="ppo_portfolio",
+            env_id="Portfolio-v0",
+            market="synthetic:garleanu-pedersen:bars=300:train=2:val=1:test=2",
+            own=("--gross", "2", "--asset-cap", "0.8", "--guard-turnover", "0.06", "--guard-drawdown", "0.05"),
+            given={
+                "portfolio": {"gross": 2.0, "asset_cap": 0.8, "orders": "change"},
+                "guard": {"guard_turnover": 0.06, "guard_drawdown": 0.05, "guard_return": None},
+            },
+            score="utility",
+            others=("equal weight", "closed form", "without guard"),
+            costs="zero:quadratic_impact_bps=75",
+            make_envs=lambda g: g["make_envs"](g["args"], g["splits"], g["env_options"]),
+            make_agent=lambda module, saved: module.Agent(saved["obs"].shape[1], len(saved["model"]["log_std"]), 0.0),
+            twist=("--log-std", "1"),
+            classic=("Pendulum-v1", -2000, -700),
+            refused=("CartPole-v1", "continuous"),
+            toy=gym.spaces.Box(-1, 1, (2,), np.float32),
+            toy_options=("--log-std", "0.5"),
+            columns=(*LEDGER[:-1], *GUARDS, "action"),
+            unexplained=("costs",),
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Run:
+    """A finished run and what it left."""
+
+    folder: Path
+    done: subprocess.CompletedProcess | None = None
+
+    def __post_init__(self):
+        self.json = json.loads((self.folder / "run.json").read_text())
+
+    @property
+    def model(self):
+        return torch.load(self.folder / "model.pt", weights_only=True)
+
+    @property
+    def ledger(self):
+        return pd.read_parquet(self.folder / "ledger.parquet")
+
+
+def finish(script: Script, *options, runs_dir: Path) -> Run:
+    """Run the script in a process of its own."""
+    done = run_python(str(script.path), *options, "--runs-dir", str(runs_dir))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = runs_dir.iterdir()
+    return Run(folder, done)
+
+
+def assert_same_content(found, expected, where="model.pt"):
+    """Nested dicts, lists and tensors, bit for bit; not the seconds spent, nor where the run was resumed from."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, dict):
+        assert list(found) == list(expected), where
+        for key in expected.keys() - {"train_seconds", "resume", "runs_dir"}:
+            assert_same_content(found[key], expected[key], f"{where}: {key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for n, (a, b) in enumerate(zip(found, expected)):
+            assert_same_content(a, b, f"{where}: {n}")
+    elif isinstance(expected, torch.Tensor):
+        assert_same_bits(found.numpy(), expected.numpy(), where)
+    else:
+        assert found == expected, where
+
+
+def assert_same_ledger(found: pd.DataFrame, expected: pd.DataFrame):
+    """Bit for bit; pandas compares columns of arrays only approximately."""
+    assert_same_bits(actions_of(found), actions_of(expected), "action")
+    pd.testing.assert_frame_equal(found.drop(columns="action"), expected.drop(columns="action"), check_exact=True)
+
+
+def assert_same_run(found: Run, expected: Run):
+    assert_same_content(found.model, expected.model)
+    assert_same_ledger(found.ledger, expected.ledger)
+    assert found.json.keys() == expected.json.keys()
+    for key in expected.json.keys() - UNLIKE:
+        assert found.json[key] == expected.json[key], key
+
+
+def actions_of(frame: pd.DataFrame) -> np.ndarray:
+    """(rows, ...) actions of a ledger."""
+    return np.stack(frame["action"])
+
+
+def prices(bars=220, symbols=6, seed=0) -> pd.DataFrame:
+    """Random walks by day, wide."""
+    steps = 0.02 * np.random.default_rng(seed).standard_normal((bars, symbols))
+    days = pd.bdate_range("2020-01-01", periods=bars, name="date")
+    return pd.DataFrame(50 * np.exp(steps.cumsum(axis=0)), days, [f"C{i}" for i in range(symbols)])
+
+
+def candles(seed=1) -> pd.DataFrame:
+    """The same with open, high, low and volume, a row per bar and symbol."""
+    close = prices(seed=seed).stack().rename("close").reset_index().rename(columns={"level_1": "symbol", "date": "timestamp"})
+    bars = close.assign(open=close["close"] * np.random.default_rng(seed + 1).uniform(0.99, 1.01, len(close)))
+    bars["high"], bars["low"] = bars[["open", "close"]].max(axis=1) * 1.01, bars[["open", "close"]].min(axis=1) * 0.99
+    return bars.assign(volume=1e6)
+
+
+class Toy(gym.Env):
+    """Walks a few steps; every second episode is truncated, the others terminate. Refuses actions that are not of its space."""
+
+    observation_space = gym.spaces.Box(-9, 9, (3,), np.float32)
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+        self.episodes = -1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episodes, self.t = self.episodes + 1, 0
+        return self._observe(0.0), {}
+
+    def _observe(self, action):
+        return np.array([self.t, self.episodes % 4, action - 1], np.float32) / 3
+
+    def step(self, action):
+        if not self.action_space.contains(action):
+            raise ValueError(f"{action!r} is not in {self.action_space}")
+        self.t += 1
+        over = self.t == 3 + self.episodes % 3
+        cut = bool(self.episodes % 2)
+        size = float(np.sum(action))
+        return self._observe(size), size - 0.3 * self.t, over and not cut, over and cut, {}
+
+
+class Bandit(gym.Env):
+    """One state; episodes of 50 steps. The reward is the action, or, if continuous, minus its squared distance from 0.5."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.array([0.5, -0.5], np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        discrete = isinstance(self.action_space, gym.spaces.Discrete)
+        reward = float(action) if discrete else -float(np.square(action - 0.5).sum())
+        return np.array([0.5, -0.5], np.float32), reward, False, self.t == 50, {}
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Register an environment for the length of a test; returns the options for a script to run on it."""
+
+    def call(env_class, action_space):
+        name = f"{env_class.__name__}-v0"
+        spec = gym.envs.registration.EnvSpec(name, entry_point=env_class, kwargs={"action_space": action_space})
+        monkeypatch.setitem(gym.registry, name, spec)
+        return ["--env-id", name]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def short_runs(tmp_path_factory):
+    """name of a script -> its short run, made when first asked for."""
+    return functools.cache(lambda name: finish(SCRIPTS[name], *SCRIPTS[name].short, runs_dir=tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture
+def base(script, short_runs) -> Run:
+    return short_runs(script.name)
+
+
+@pytest.fixture
+def inside(script, monkeypatch, tmp_path):
+    """Run the script in this process; returns its variables."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+    def call(*options, num_threads=1):
+        fixed = ["--num-threads", str(num_threads), "--no-cuda", "--runs-dir", str(tmp_path / "runs")]
+        monkeypatch.setattr(sys, "argv", [str(script.path), *options, *fixed])
+        return runpy.run_path(str(script.path), run_name="__main__")
+
+    yield call
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def complaint(inside, capsys, tmp_path):
+    """What the user reads when the script refuses some options: its one line, or tyro's box; no run directory is made."""
+
+    def call(*options) -> str:
+        with pytest.raises(SystemExit) as caught:
+            inside(*options)
+        assert not list(tmp_path.glob("runs/*")), "a run directory was made for a run that never began"
+        if isinstance(caught.value.code, str):
+            assert len(caught.value.code.splitlines()) == 1
+            return caught.value.code
+        assert caught.value.code == 2
+        return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+    return call
