@@ -208,6 +208,10 @@ def broken(name):
             edit_ledger(lambda f: f.iloc[[*range(BARS + 90), BARS + 91, BARS + 90, *range(BARS + 92, 2 * BARS)]]),
             "do not increase",
         ),
+        "a bar twice": (
+            edit_ledger(lambda f: f.assign(timestamp=f["timestamp"].where(f.index != BARS + 90, f["timestamp"].shift()))),
+            "do not increase",
+        ),
         "no column": (edit_ledger(lambda f: f.drop(columns="turnover")), "cannot be read"),
     }[name]  # fmt: skip
 
@@ -215,7 +219,7 @@ def broken(name):
 BROKEN = (
     "failed", "running", "odd status", "no run.json", "half a run.json", "a list", "no seed", "no costs", "no ledger",
     "half a ledger", "no test split", "bars missing", "bars missing, no scores", "a bar missing inside", "NaN", "infinity",
-    "a better return", "time going back", "no column",
+    "a better return", "time going back", "a bar twice", "no column",
 )  # fmt: skip
 
 
@@ -295,6 +299,40 @@ def test_differences_are_paired(board, tmp_path):
     assert scores["growth"]["difference"] == pytest.approx(1e-4 * PER_YEAR, rel=0.02)
     assert 0.9e-4 * PER_YEAR < scores["growth"]["low"] <= scores["growth"]["high"] < 1.1e-4 * PER_YEAR
     assert scores["sharpe"]["low"] > 0
+
+
+def test_pairs_use_the_seeds_that_both_have(board, tmp_path):
+    """On synthetic markets only those are the same prices; the same inputs give the same draws."""
+    frames = {
+        (name, seed): make_ledger(10 * seed + len(name)) for name, seed in (("ppo", 1), ("ppo", 2), ("sac2", 2), ("dqn22", 3))
+    }
+    for (name, seed), frame in frames.items():
+        make_run(tmp_path, name, seed, frame, market="synthetic:noise", sha=str(seed) * 64)
+    (group,) = assemble(board, tmp_path)["groups"]
+    order = [row["name"] for row in group["rows"]]
+    i, j = sorted((order.index("ppo"), order.index("sac2")))
+    pair = {score["key"]: score for score in group["pairs"][f"{i},{j}"]["scores"]}
+    growth = {key: ledger.growth(test_part(frame)).mean() * PER_YEAR for key, frame in frames.items()}
+    gap = (growth["ppo", 2] - growth["sac2", 2]) * (1 if order[i] == "ppo" else -1)
+    assert pair["growth"]["difference"] == pytest.approx(gap)
+    i, j = sorted((order.index("ppo"), order.index("dqn22")))
+    assert "No seed in common" in group["pairs"][f"{i},{j}"]["note"]
+    assert json.dumps(assemble(board, tmp_path)["groups"]) == json.dumps(assemble(board, tmp_path)["groups"])
+
+
+def test_intervals_know_of_the_seeds(board, tmp_path):
+    """Seeds that each earn the same in every bar differ from each other alone: without drawing seeds there is no interval."""
+    for seed, mean in enumerate((0.0, 1e-3, 2e-3, 3e-3), 1):
+        frame = make_ledger(7)
+        frame["net_return"] += mean
+        frame["equity"] = frame.groupby(["split", "market"])["net_return"].transform(lambda r: (1 + r).cumprod())
+        make_run(tmp_path, seed=seed, frame=frame)
+    make_run(tmp_path, "alone", frame=make_ledger(7))
+    (group,) = assemble(board, tmp_path, resamples=400)["groups"]
+    ppo, alone = ({**row["growth"]} for row in sorted(group["rows"], key=lambda row: -row["seeds"]))
+    time, both = alone["high"] - alone["low"], ppo["high"] - ppo["low"]
+    seeds = 3.92 * np.std([0.0, 1e-3, 2e-3, 3e-3]) / 2 * PER_YEAR
+    assert both == pytest.approx(np.hypot(time, seeds), rel=0.25) and both > 1.1 * time
 
 
 def test_many_markets_are_drawn_whole(board, tmp_path):
