@@ -32,7 +32,7 @@ def test_command_writes_rows(tmp_path):
 def test_missing_peers_are_rows(tmp_path, monkeypatch):
     for package in ("stable_baselines3", "gym_trading_env", "gym_anytrading"):
         monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
-    monkeypatch.setattr("script", lambda args, path, market, threads: lambda: 1000.0 * threads)
+    monkeypatch.setattr(throughput, "script", lambda args, path, market, threads: lambda: 1000.0 * threads)
     rows = throughput.main(throughput.Args(repeats=1, seconds=0.01, market=TINY, only=("peers", "training"), out=tmp_path))
     missing = [row for row in rows if row.get("note") == throughput.INSTALL]
     assert len(missing) == 5 and all("value" not in row and "met" not in row for row in missing)
