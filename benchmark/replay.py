@@ -1,7 +1,8 @@
 """The same orders under other terms: at 0 to 5 times the costs, one bar late, and scored by regime. All from run directories.
 
 A replay loads the panel that run.json names again, takes the orders of the test split from the ledger, and sends them through
-the accounting step that every environment uses. Replayed as they were, they must earn what the ledger says; else nothing is shown.
+the accounting step that every environment uses. Replayed as they were, they must earn what the ledger says; if not, nothing is
+shown.
 """
 
 import json
@@ -150,7 +151,7 @@ def regimes(run: Run) -> dict[str, np.ndarray]:
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Root mean square difference of the correlations of two windows (bars, N) of returns, plus that of their log volatilities."""
+    """Root mean square difference of the correlations of two windows (bars, N) of returns, plus that of log volatilities."""
     alive = (a.std(axis=0) > 0) & (b.std(axis=0) > 0)
     if not alive.any():
         return 0.0
@@ -200,7 +201,7 @@ def stress(rows: dict[str, list[Run]], resamples: int, seed: int) -> dict:
                 shares.append(f"{regime} {share:.0%}")
         out["notes"].append(
             f"Regimes, known when an order was given: trend of the equal-weight market over {TREND_BARS} bars (bull, bear: "
-            f"beyond {TREND} standard deviations), its volatility (calm: below the median; crisis: the highest {1 - CRISIS:.0%}). "
+            f"beyond {TREND} standard deviations), its volatility (calm: below the median; crisis: the top {1 - CRISIS:.0%}). "
             f"Hardest: the {HARDEST:.0%} of {WINDOW}-bar windows that differ most from the one before, chosen with hindsight. "
             f"Shares of the bars: {', '.join(shares)}."
         )
