@@ -70,7 +70,7 @@ def change(path: Path, edit):
 
 
 def assemble(*roots, **options):
-    return board.assemble(board.Args(runs=tuple(roots), resamples=options.pop("resamples", 50), regimes=False, **options))
+    return board.assemble(board.Args(runs=tuple(roots), resamples=options.pop("resamples", 50), replays=False, **options))
 
 
 def command(*arguments):
