@@ -75,8 +75,8 @@ class Selection:
         moments = {run: _moments(run) for runs in rows.values() for run in runs}
         self.moments = {name: [moments[run] for run in runs] for name, runs in rows.items()}
         sharpes = [moments[run][0] for runs in self.candidates.values() for run in runs]
-        spread = float(np.var(sharpes, ddof=1)) if len(sharpes) > 1 else 0.0
-        self.luck = metrics.expected_max_sharpe(spread, trials)
+        self.spread = float(np.var(sharpes, ddof=1)) if len(sharpes) > 1 else 0.0
+        self.luck = metrics.expected_max_sharpe(self.spread, trials)
         self.pbo = self.spa = None
         self.columns, returns, benchmark = _matrix(self.candidates)
         if len(self.columns) > 1 and len(returns) >= 2 * BLOCKS:
@@ -96,7 +96,7 @@ class Selection:
         psr = [metrics.psr(*moments) for moments in self.moments[name]]
         if name not in self.candidates:
             return {"psr": float(np.mean(psr)), "dsr": None}
-        dsr = [metrics.psr(*moments, benchmark_sharpe=self.luck) for moments in self.moments[name]]
+        dsr = [metrics.dsr(*moments, self.spread, self.trials) for moments in self.moments[name]]
         return {"psr": float(np.mean(psr)), "dsr": float(np.mean(dsr))}
 
     @property

@@ -10,7 +10,7 @@ from arch.bootstrap import optimal_block_length
 from rundirs import Run
 from scipy.stats import trim_mean
 
-from envs.ledger import growth
+from envs.ledger import growth, quantile_levels
 
 CHARGES = ("commission", "spread", "slippage", "impact", "borrow", "financing")
 SCORES = ("sharpe", "growth", "turnover", "cost")  # those that are functions of sums over bars
@@ -35,6 +35,7 @@ class Draws:
         self.paired_seeds = len(panels) > 1
         histories = sum(run.ledger["market"].nunique() for run in panels.values())
         self.block = None if histories >= WHOLE else _block_length(rows)
+        self.levels = quantile_levels(histories if self.block is None else None)
         self.how = (
             f"{histories} markets drawn whole"
             if self.block is None
@@ -120,7 +121,13 @@ class Draws:
         cells = np.stack([self.cells[name][s] for s in sorted(self.cells[name])], axis=1)  # (resamples + 1, seeds, markets)
         drawn = np.take_along_axis(cells[1:], self._seeds(name, cells.shape[1])[:, :, None], axis=1)
         value = float(trim_mean(cells[0], 0.25, axis=None))
-        return {"value": value, **_interval(trim_mean(drawn.reshape(len(drawn), -1), 0.25, axis=1))}
+        return {"value": value, **self._interval(trim_mean(drawn.reshape(len(drawn), -1), 0.25, axis=1))}
+
+    def _interval(self, draws: np.ndarray) -> dict[str, float]:
+        if not len(draws):
+            return {"low": float("nan"), "high": float("nan")}
+        low, high = np.quantile(draws, self.levels)
+        return {"low": float(low), "high": float(high)}
 
     def better(self, a: str, b: str) -> float | None:
         """Probability that a run of `a` has a higher Sharpe ratio than one of `b` on redrawn bars or markets; ties count half.
@@ -138,9 +145,9 @@ class Draws:
         return float((0.5 + 0.5 * np.sign(gaps)).mean())
 
     def scores(self, name: str) -> dict[str, dict]:
-        """{score: {value, low, high}} of a row, 95% percentile interval."""
+        """{score: {value, low, high}} of a row, 95% percentile interval (ledger.quantile_levels)."""
         rows = self.row(name)
-        return {score: {"value": rows[0, k], **_interval(rows[1:, k])} for k, score in enumerate(SCORES)}
+        return {score: {"value": rows[0, k], **self._interval(rows[1:, k])} for k, score in enumerate(SCORES)}
 
     def difference(self, a: str, b: str) -> dict:
         """Scores of `a` minus those of `b`: {"scores": [{key, a, b, difference, low, high}], "how"}, or {"note": why not}."""
@@ -152,7 +159,7 @@ class Draws:
         first, second = self.row(a, seeds), self.row(b, seeds)
         gap = first - second
         scores = [
-            {"key": score, "a": first[0, k], "b": second[0, k], "difference": gap[0, k], **_interval(gap[1:, k])}
+            {"key": score, "a": first[0, k], "b": second[0, k], "difference": gap[0, k], **self._interval(gap[1:, k])}
             for k, score in enumerate(SCORES)
         ]
         over = f"seeds {', '.join(map(str, seeds))} paired" if seeds else "seeds drawn for each by itself"
@@ -165,13 +172,6 @@ def _sharpe(n, x, squares, per_year: float) -> np.ndarray:
     with np.errstate(all="ignore"):
         varies = (n > 1) & (variance > 1e-18 * squares / np.maximum(n, 1))
         return np.where(varies, x / np.maximum(n, 1) / np.sqrt(variance) * np.sqrt(per_year), 0.0)
-
-
-def _interval(draws: np.ndarray) -> dict[str, float]:
-    if not len(draws):
-        return {"low": float("nan"), "high": float("nan")}
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"low": float(low), "high": float(high)}
 
 
 def _bar_sums(run: Run) -> np.ndarray:

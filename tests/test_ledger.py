@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import CONFIG, DEAR, FILLS, ROOT, SMALL, TINY, assert_same_bits, make_env, ragged_panel, whole
+from scipy.stats import norm
 
 from envs import ledger
 from envs.costs import RECORD, RUIN, execution, load_costs
@@ -116,14 +117,16 @@ def test_short_series_have_no_interval():
 def test_difference_has_a_sign_and_an_honest_interval():
     """Paired with a noisy copy of itself: 0 inside; with one that also gains: outside, on the side that it should be."""
     rng = np.random.default_rng(4)
-    for markets, how in ((2, "stationary bootstrap"), (12, "12 markets resampled whole")):
+    few = -norm.ppf(ledger.quantile_levels(12)[0])
+    assert few == pytest.approx(2.201 * np.sqrt(12 / 11), rel=1e-3), "Student's quantile of 11 degrees of freedom, n for n - 1"
+    for markets, how, reach in ((2, "stationary bootstrap", 1.96), (12, "12 markets resampled whole", few)):
         net = [0.01 * rng.standard_normal(400) for _ in range(markets)]
         base = table(*net).assign(split="test", timestamp=0)
         noise = 0.001 * rng.standard_normal(len(base))
         gained = base.assign(net_return=(1 + base["net_return"]) * np.exp(noise - noise.mean() + 3e-4) - 1)
         gain, low, high, drawn = ledger.difference(gained, base, 252)
         assert gain == pytest.approx(252 * 3e-4) and 0 < low < gain < high and how in drawn
-        assert high - low == pytest.approx(2 * 1.96 * 252 * 0.001 / np.sqrt(len(base)), rel=0.5)
+        assert high - low == pytest.approx(2 * reach * 252 * 0.001 / np.sqrt(len(base)), rel=0.5)
         loss, low, high, _ = ledger.difference(base, gained, 252)
         assert loss == pytest.approx(-gain) and low < loss < high < 0
         noisy = base.assign(net_return=(1 + base["net_return"]) * np.exp(noise) - 1)
