@@ -36,7 +36,7 @@ class Args:
     exp_name: str = Path(__file__).stem
     """name of the run; the script's by default"""
     seed: int = 1
-    """seed of the networks, the episodes and, on synthetic markets, of the panel"""
+    """seed of the networks, the episodes and, on markets that are drawn, of the panel"""
     torch_deterministic: bool = True
     """use deterministic algorithms, so that the same seed on the same machine gives the same bits"""
     cuda: bool = True
@@ -59,7 +59,8 @@ class Args:
     env_id: str = MARKET_ENV
     """Portfolio-v0, or any Gymnasium id with vector observations and continuous actions, to check the algorithm itself"""
     market: str = "synthetic:garleanu-pedersen"
-    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]; see KNOWN below for two of them"""
+    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...], see KNOWN below for two of them; with
+    the prefix shuffled:, bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py)"""
     symbols: tuple[str, ...] = ()
     """symbols of the market to keep (all by default)"""
     start: str | None = None
