@@ -76,7 +76,7 @@ class Args:
     series_lag: int = 1
     """bars between a publication and the first bar that sees it"""
     train_fraction: float = 0.6
-    """share of the bars used to train (synthetic markets bring histories of their own for each split)"""
+    """share of the bars used to train (synthetic, bootstrap and crossed markets bring histories for each split)"""
     val_fraction: float = 0.2
     """share of the bars used to choose the model; the rest is the test"""
     embargo: int = 5

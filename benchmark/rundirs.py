@@ -201,8 +201,8 @@ def differing(a: dict, b: dict) -> list[str]:
 def group(runs: list[Run]) -> list[tuple[dict, list[Run]]]:
     """(terms, runs) of every comparison group, the largest first.
 
-    Where one seed of a market drawn from the seed has several panels (its generator changed), that of most runs, or else of the latest,
-    stays in the group, and the others form groups of their own.
+    Where one seed of a market that is drawn from it has several panels (its generator changed), that of most runs, or else of
+    the latest, stays in the group, and the others form groups of their own.
     """
     groups: dict[str, tuple[dict, list[Run]]] = {}
     for run in runs:

@@ -93,7 +93,7 @@ class Bootstrap(Chronological):
             fewest = min(map(len, pools))
             if fewest < 2:
                 raise PanelError(
-                    f"{panel.name}: too few bars: {fewest} with a return to draw {split.name} histories from, expected at least 2"
+                    f"{panel.name}: too few bars: {fewest} with a return to draw {split.name} bars from, expected at least 2"
                 )
             longest = max(pools, key=len)
             times.append(self._calendar(panel, longest, self.bars or len(longest)))
@@ -175,9 +175,7 @@ def resampled(spec: str, source: Panel, seed: int = 0) -> Panel:
     config, _ = _parse(spec)
     # make_panel draws from [seed, split, j] and [seed, split, j, 1]; every nested prefix needs numbers of its own besides
     level = 1 + sum(part in RESAMPLED for part in spec.split(":"))
-    return config.remake(
-        replace(source, name=spec, hidden={}), lambda split, j: np.random.default_rng([seed, split, j, level])
-    )
+    return config.remake(replace(source, name=spec, hidden={}), lambda split, j: np.random.default_rng([seed, split, j, level]))
 
 
 def _parse(spec: str) -> tuple[Shuffled | Bootstrap | Crossed, str]:
