@@ -112,9 +112,10 @@ class Bootstrap(Chronological):
         """(bars,) the times of `rows`, cut, or continued by the same bar lengths all over again: as many bars per year."""
         times = panel.timestamps[rows]
         span = times[-1] - times[0]
-        rounds, within = np.divmod(np.arange(bars), len(times) - 1)
-        if rounds[-1] > (LAST_TIME - times[within[-1]]) // span:
+        rounds, within = divmod(bars - 1, len(times) - 1)
+        if rounds > (LAST_TIME - times[within]) // span:
             raise PanelError(f"{panel.name}: {bars=} from {times[0]!s:.10} end after {LAST_TIME!s:.10}, expected fewer bars")
+        rounds, within = np.divmod(np.arange(bars), len(times) - 1)
         return times[within] + rounds * span
 
 
@@ -209,10 +210,11 @@ def compound(panel: Panel, previous: np.ndarray, rows: np.ndarray, starts: np.nd
     level = np.where(np.isnan(returns), 1.0, returns)
     level[starts] *= BASE
     before = np.full_like(level, BASE)  # the close of the bar before, carried forward over absent bars
-    for start, stop in zip(starts, [*starts[1:], len(rows)]):
-        np.cumprod(level[start:stop], axis=0, out=level[start:stop])
-        before[start + 1 : stop] = level[start : stop - 1]
-    made = {name: before * (values / previous)[rows] for name, values in panel.fields.items() if name != "volume"}
+    with np.errstate(over="ignore"):  # Panel refuses infinite prices, and says where
+        for start, stop in zip(starts, [*starts[1:], len(rows)]):
+            np.cumprod(level[start:stop], axis=0, out=level[start:stop])
+            before[start + 1 : stop] = level[start : stop - 1]
+        made = {name: before * (values / previous)[rows] for name, values in panel.fields.items() if name != "volume"}
     if panel.volume is not None:
         made["volume"] = (panel.volume * panel.close)[rows] / made["close"]
     return made | {"extras": {name: values[rows] for name, values in panel.extras.items()}}
