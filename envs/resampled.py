@@ -27,7 +27,7 @@ Generators = Callable[[int, int], np.random.Generator]  # (split, history) -> it
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Each history's bars in random order: a bar keeps its cross-section of returns, its volume and its extra series.
+    """Each history's bars in random order: a bar keeps its cross-section of returns, traded value and extra series.
 
     Means, volatilities, correlations and fat tails are those of the source; every relation between bars is gone, so an
     algorithm that beats a static rule here by more than chance is broken. A history's first bar, which has no return,
@@ -69,6 +69,9 @@ class Bootstrap(Chronological):
     bar lengths repeat where it is too short. What holds within a block (lead-lag, momentum, volatility clusters shorter
     than it) stays, its order in time does not. Scores over the paths tell the luck of the order from skill; that all
     paths have one source is an uncertainty that they do not show.
+
+    Raises PanelError, as Panel.split does, or if a source history of a split has fewer than two bars with a return, if a
+    symbol has none in any new history, or if `bars` reach beyond 2262 or prices beyond float64.
     """
 
     block: float = 60.0
@@ -125,6 +128,8 @@ class Crossed(Chronological):
     the first half, test bars the second in the same columns: what was learnt must hold for other symbols, later.
 
     Prices are those of the source. A column is named after both symbols that it shows, "AAPL>XOM".
+
+    Raises PanelError, as Panel.split does, or if the source has one symbol only.
     """
 
     def remake(self, panel: Panel, generators: Generators) -> Panel:

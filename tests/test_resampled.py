@@ -235,9 +235,10 @@ def test_no_return_of_the_test_was_trained_on(source):
     assert not (seen["test"] & seen["train"] or seen["test"] & seen["val"] or seen["val"] & seen["train"])
 
 
-def test_every_bar_of_a_split_can_be_drawn(source):
-    """Of a pool of n, 30 n draws in blocks of 2 miss a bar with probability below n exp(-15)."""
-    made = resampled("bootstrap:block=2:bars=30000:train=1:val=1:paths=1:x", source, seed=0)
+@pytest.mark.parametrize("block", [1, 2])
+def test_every_bar_of_a_split_can_be_drawn(source, block):
+    """30,000 bars in blocks of 2 miss one of the 600 with probability below 600 exp(-25)."""
+    made = resampled(f"bootstrap:block={block}:bars=30000:train=1:val=1:paths=1:x", source, seed=0)
     for name, pools in parts(source).items():
         counts = np.unique(np.concatenate(histories(made, name)), return_counts=True)
         assert_same_bits(counts[0], np.concatenate(pools))
@@ -276,6 +277,25 @@ def test_one_endless_block_is_a_source_history_turned_around(source):
         assert {int(np.searchsorted([p[0] for p in pools], row, side="right")) for row in begins} == set(
             range(1, len(pools) + 1)
         ), "a source history is never drawn"
+
+
+def test_source_histories_of_different_lengths():
+    """New ones are as long as the longest, on its calendar; a block starts at every bar alike."""
+    starts, labels = np.array([0, 4, 24, 30, 40]), ("train", "train", "val", "test", "test")
+    source = numbered(closes(range(1, 61), segments=starts, segment_split=labels))
+    made = resampled("bootstrap:block=1:train=300:x", source, seed=0)
+    for name, first, last in (("train", 5, 24), ("val", 25, 30), ("test", 41, 60)):
+        for a, b in made.split()[name].ranges:
+            assert_same_bits(made.timestamps[a:b], DAYS[first:last])
+    rows, counts = np.unique(np.concatenate(histories(made, "train")), return_counts=True)
+    assert rows.tolist() == [1, 2, 3, *range(5, 24)] and np.ptp(counts) < 0.5 * counts.mean()
+
+
+def test_defaults_are_those_of_the_documentation(ragged):
+    options = "block=60:bars=0:train=20:val=6:paths=20:train_fraction=0.6:val_fraction=0.2:embargo=5"
+    assert resampled("bootstrap:x", ragged).sha256 == resampled(f"bootstrap:{options}:x", ragged).sha256
+    options = "train_fraction=0.6:val_fraction=0.2:embargo=5"
+    assert resampled("crossed:x", ragged).sha256 == resampled(f"crossed:{options}:x", ragged).sha256
 
 
 def test_bars_without_any_return_are_not_drawn():
@@ -502,9 +522,12 @@ def test_what_is_wrong_with_a_specification_is_said(spec, tmp_path, monkeypatch)
         ("bootstrap:embargo=0:x", closes([1, 2, 3, 4, 5]), "split 'val': too few bars*"),
         ("bootstrap:embargo=0:train_fraction=0.2:val_fraction=0.4:x", closes(range(1, 11)),
          "bootstrap:*: too few bars: 1 with a return to draw train bars from, expected at least 2"),
+        ("bootstrap:x",
+         closes(range(1, 31), segments=np.array([0, 10, 12, 20]), segment_split=("train", *SPLIT_NAMES)),
+         "bootstrap:x: too few bars: 1 with a return to draw train bars from"),
         ("bootstrap:bars=90000:x", closes(range(1, 300)), "bootstrap:*: bars=90000 from 2020-01-02 end after 2262-01-01*"),
         ("bootstrap:bars=10000000000:x", closes(range(1, 300)), "bootstrap:*: bars=10000000000 from 2020-01-02 end after*"),
-        ("bootstrap:bars=9000:x", closes(2.0 ** np.arange(60)), "symbol 'A', panel row 1017 *: close is inf, expected a finite"),
+        ("bootstrap:bars=9000:x", closes(2.0 ** np.arange(60)), "'A', panel row 1017 *: close is inf, expected a finite"),
         ("shuffled:x", closes([1, 2, 3], [np.nan, np.nan, 5]), "shuffled:x: symbol 'B' has no bar*"),
         ("bootstrap:x", replace(make_panel(NOISE), segment_split=None), "bootstrap:x: split needs one price history*"),
     ],
