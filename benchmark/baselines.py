@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import replay
 import tyro
 from rules import RULES, RuleConfig, Setting, applicable, one_line
 
 from envs import ledger, portfolio_references
-from envs.costs import TRADABLE, UNTRADABLE
 from envs.panel import Split
 from envs.synthetic import load_market
 
@@ -84,14 +84,9 @@ def load(args: Args) -> Setting:
 
 
 def account(s: Setting, split: Split, targets: np.ndarray) -> pd.DataFrame:
-    """Ledger of the orders `targets` (T, N) on `split`, NaN: none; `action` is the weights ordered.
-
-    What is not ordered counts as untradable in that bar, so that the accounting step leaves it alone to the last bit.
-    """
-    idle = np.isnan(targets) & (s.data.execution.status == TRADABLE)
-    ex = s.data.execution._replace(status=np.where(idle, np.int8(UNTRADABLE), s.data.execution.status))
+    """Ledger of the orders `targets` (T, N) on `split`, NaN: none; `action` is the weights ordered."""
     starts = s.starts[split.name]
-    frame = ledger.backtest_weights(s.panel, ex, s.data.costs.rates, split, np.nan_to_num(targets), starts)
+    frame = replay.account(s.panel, s.data.execution, s.data.costs.rates, split, starts, targets)
     ordered = targets[np.concatenate([np.arange(a, b - 1) for a, b in zip(starts, split.ranges[:, 1])])]
     frame["action"] = ordered[:, 0] if ordered.shape[1] == 1 else list(ordered)
     return frame

@@ -79,12 +79,20 @@ def _short(values: np.ndarray) -> list[float]:
 
 
 def cost_sensitivity(boards: list[dict]) -> list[dict]:
-    """Rows that were run under several multiples of one cost model: {row: [{multiple, value, low, high}, ...]}."""
+    """By market, rows at several multiples of its costs, {row: [{multiple, value, low, high}, ...]}.
+
+    First the same orders replayed, from each board's `sensitivity`; then what was run anew under multiples of one cost model.
+    """
+    out = [
+        {"market": board["name"], "rows": board["sensitivity"],
+         "facts": f"the same orders, replayed; 1x is {Costs(**board['costs']).describe()}"}
+        for board in boards
+        if board["sensitivity"]
+    ]  # fmt: skip
     families: dict[str, list[dict]] = {}
     for board in boards:
         rest = {k: v for k, v in board["terms"].items() if not k.startswith("market.costs.")}
         families.setdefault(json.dumps(rest), []).append(board)
-    out = []
     for family in families.values():
         for base in sorted(family, key=lambda board: (" x" in board["costs"]["name"], -len(board["rows"]))):
             points: dict[str, list[dict]] = {}
@@ -96,7 +104,8 @@ def cost_sensitivity(boards: list[dict]) -> list[dict]:
                     points.setdefault(row["name"], []).append({"multiple": multiples[id(board)], **row["sharpe"]})
             points = {name: p for name, p in points.items() if len(p) > 1}
             if points:
-                out.append({"market": base["title"], "facts": f"1x is {Costs(**base['costs']).describe()}", "rows": points})
+                facts = f"run anew at each multiple; 1x is {Costs(**base['costs']).describe()}"
+                out.append({"market": base["title"], "facts": facts, "rows": points})
                 break
     return out
 

@@ -8,6 +8,7 @@ all rows where every seed has a panel of its own, else each row's by themselves.
 import numpy as np
 from arch.bootstrap import optimal_block_length
 from rundirs import Run
+from scipy.stats import trim_mean
 
 from envs.ledger import growth
 
@@ -21,10 +22,13 @@ class Draws:
     """Scores of every run on every draw.
 
     found[row][seed]: (resamples + 1, len(SCORES)); entry 0 holds the scores themselves, markets pooled as in ledger.summarise.
+    cells[row][seed]: (resamples + 1, M) Sharpe ratios of its markets, or, where bars are drawn, of all of them pooled (M = 1).
     how: what was drawn, in words. block: mean block length in bars, None where markets are drawn whole.
+
+    `keep`: {panel: (bars,) bool}, which bars to score (all by default); the others are drawn and left out.
     """
 
-    def __init__(self, rows: dict[str, list[Run]], resamples: int, seed: int):
+    def __init__(self, rows: dict[str, list[Run]], resamples: int, seed: int, keep: dict[str, np.ndarray] | None = None):
         runs = [run for members in rows.values() for run in members]
         panels = {run.panel: run for run in runs}
         self.resamples, self.seed = resamples, seed
@@ -37,42 +41,53 @@ class Draws:
             else f"stationary bootstrap, mean block {self.block:.1f} bars"
         )
         self.found: dict[str, dict[int, np.ndarray]] = {name: {} for name in rows}
+        self.cells: dict[str, dict[int, np.ndarray]] = {name: {} for name in rows}
         for number, (panel, first) in enumerate(sorted(panels.items(), key=lambda item: item[1].seed)):
             members = [(name, run) for name, own in rows.items() for run in own if run.panel == panel]
             sums = np.stack([_bar_sums(run) for _, run in members], axis=1)  # (bars, runs, 5)
+            kept = np.ones(len(sums), bool) if keep is None else keep[panel]
+            sums[~kept] = 0.0
             rng = np.random.default_rng([seed, number])
+            per_year = float(first.content["panel"]["bars_per_year"])
             if self.block is None:
                 _, market = np.unique(first.ledger["market"].to_numpy(), return_inverse=True)
                 units = np.zeros((market.max() + 1, *sums.shape[1:]))
                 np.add.at(units, market, sums)
-                sizes, sums = np.bincount(market), units
+                sizes, sums = np.bincount(market, kept), units
             else:
-                sizes = np.ones(len(sums))
-            scores = self._scores(sums, sizes, rng, float(first.content["panel"]["bars_per_year"]))
+                sizes = kept.astype(float)
+            scores, drawn = self._scores(sums, sizes, rng, per_year)
+            cells = scores[:, :, None, 0]  # (resamples + 1, runs, 1)
+            if self.block is None:
+                cells = _sharpe(sizes[:, None], *np.moveaxis(sums[:, :, :2], 2, 0), per_year).T[:, drawn].swapaxes(0, 1)
             for k, (name, run) in enumerate(members):
                 self.found[name][run.seed] = scores[:, k]
+                self.cells[name][run.seed] = cells[:, k]
 
-    def _scores(self, sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, per_year: float) -> np.ndarray:
-        """(resamples + 1, runs, scores) from sums (units, runs, 5) of units that hold `sizes` (units,) bars."""
+    def _scores(
+        self, sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, per_year: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(resamples + 1, runs, scores) from sums (units, runs, 5) of units that hold `sizes` (units,) bars.
+
+        And which units were drawn, (resamples + 1, units), where markets are drawn whole; the first are the units themselves.
+        """
         units, (runs, width) = len(sums), sums.shape[1:]
-        flat, parts = sums.reshape(units, -1), []
+        flat, parts, kept = sums.reshape(units, -1), [], []
         todo = self.resamples + 1
         while todo:
             some = min(todo, max(1, CHUNK // units))
             counts = np.zeros((some, units))
             for k in range(some):
-                if todo == self.resamples + 1 and k == 0:
-                    counts[0] = 1.0
-                else:
-                    counts[k] = np.bincount(self._draw(units, rng), minlength=units)
+                drawn = np.arange(units) if todo == self.resamples + 1 and k == 0 else self._draw(units, rng)
+                counts[k] = np.bincount(drawn, minlength=units)
+                if self.block is None:
+                    kept.append(drawn)
             n = (counts @ sizes)[:, None]
             x, squares, log_growth, turnover, cost = np.moveaxis((counts @ flat).reshape(some, runs, width), 2, 0)
-            variance = (squares - x * x / n) / np.maximum(n - 1, 1)
-            with np.errstate(all="ignore"):
-                sharpe = np.where(variance > 1e-18 * squares / n, x / n / np.sqrt(variance) * np.sqrt(per_year), 0.0)
-            parts.append(np.stack([sharpe, *(s / n * per_year for s in (log_growth, turnover, cost))], axis=2))
+            rates = (total / np.maximum(n, 1) * per_year for total in (log_growth, turnover, cost))
+            parts.append(np.stack([_sharpe(n, x, squares, per_year), *rates], axis=2))
             todo -= some
-        return np.concatenate(parts)
+        return np.concatenate(parts), np.array(kept, dtype=np.int64)
 
     def _draw(self, units: int, rng: np.random.Generator) -> np.ndarray:
         """Indices of `units` units: each by itself, or blocks of geometric length that wrap around (Politis & Romano 1994)."""
@@ -84,15 +99,43 @@ class Draws:
         begin = np.flatnonzero(starts)
         return (rng.integers(units, size=len(begin))[block] + np.arange(units) - begin[block]) % units
 
+    def _seeds(self, name: str, count: int) -> np.ndarray:
+        """(resamples, count) which of a row's seeds each draw holds."""
+        key = [self.seed, 1_000_003] if self.paired_seeds else [self.seed, *name.encode()]
+        return np.random.default_rng(key).integers(count, size=(self.resamples, count))
+
     def row(self, name: str, seeds: list[int] | None = None) -> np.ndarray:
         """(resamples + 1, scores) of a row: the mean over its seeds, which are drawn too."""
         found = self.found[name]
         seeds = sorted(found) if seeds is None else seeds
         scores = np.stack([found[s] for s in seeds], axis=1)
-        key = [self.seed, 1_000_003] if self.paired_seeds else [self.seed, *name.encode()]
-        drawn = np.random.default_rng(key).integers(len(seeds), size=(self.resamples, len(seeds)))
-        means = np.take_along_axis(scores[1:], drawn[:, :, None], axis=1).mean(axis=1)
+        means = np.take_along_axis(scores[1:], self._seeds(name, len(seeds))[:, :, None], axis=1).mean(axis=1)
         return np.concatenate([scores[:1].mean(axis=1), means])
+
+    def iqm(self, name: str) -> dict[str, float]:
+        """Interquartile mean of the Sharpe ratios of all markets and seeds of a row, seeds and markets (or bars) redrawn.
+
+        With its 95% interval: {value, low, high}; Agarwal et al. 2021, with the histories drawn as everywhere here.
+        """
+        cells = np.stack([self.cells[name][s] for s in sorted(self.cells[name])], axis=1)  # (resamples + 1, seeds, markets)
+        drawn = np.take_along_axis(cells[1:], self._seeds(name, cells.shape[1])[:, :, None], axis=1)
+        value = float(trim_mean(cells[0], 0.25, axis=None))
+        return {"value": value, **_interval(trim_mean(drawn.reshape(len(drawn), -1), 0.25, axis=1))}
+
+    def better(self, a: str, b: str) -> float | None:
+        """Probability that a run of `a` has a higher Sharpe ratio than one of `b` on redrawn bars or markets; ties count half.
+
+        Over all pairs of their seeds (Agarwal et al. 2021), or over shared seeds where each has prices of its own; None
+        where none is shared.
+        """
+        if self.paired_seeds:
+            pairs = [(s, s) for s in sorted(set(self.found[a]) & set(self.found[b]))]
+        else:
+            pairs = [(s, t) for s in self.found[a] for t in self.found[b]]
+        if not pairs or not self.resamples:
+            return None
+        gaps = np.stack([self.found[a][s][1:, 0] - self.found[b][t][1:, 0] for s, t in pairs])
+        return float((0.5 + 0.5 * np.sign(gaps)).mean())
 
     def scores(self, name: str) -> dict[str, dict]:
         """{score: {value, low, high}} of a row, 95% percentile interval."""
@@ -114,6 +157,14 @@ class Draws:
         ]
         over = f"seeds {', '.join(map(str, seeds))} paired" if seeds else "seeds drawn for each by itself"
         return {"scores": scores, "how": f"{self.how}, the same for both; {over}; {self.resamples} draws"}
+
+
+def _sharpe(n, x, squares, per_year: float) -> np.ndarray:
+    """Annualised Sharpe ratio from the number, sum and sum of squares of returns; 0 where they do not vary."""
+    variance = (squares - x * x / np.maximum(n, 1)) / np.maximum(n - 1, 1)
+    with np.errstate(all="ignore"):
+        varies = (n > 1) & (variance > 1e-18 * squares / np.maximum(n, 1))
+        return np.where(varies, x / np.maximum(n, 1) / np.sqrt(variance) * np.sqrt(per_year), 0.0)
 
 
 def _interval(draws: np.ndarray) -> dict[str, float]:

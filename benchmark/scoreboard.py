@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import metrics
 import numpy as np
 import tyro
 from curves import cost_sensitivity, curves, learning_curves
+from inference import BUY_AND_HOLD, FORESIGHT, Selection
 from paired import Draws
+from replay import stress
 from rundirs import Run, common_bars, differing, find, group, latest, load, name_rows
 
 from envs import ledger
 from envs.costs import Costs
 
 TEMPLATE = Path(__file__).with_name("scoreboard.html")
-BUY_AND_HOLD = "baseline-buy-and-hold"
-FORESIGHT = ("baseline-oracle", "baseline-closed-form")  # they know what no agent can: not candidates for a selection
 COLUMNS = [
     dict(key="sharpe", label="Sharpe", kind="number", help="annualised, net of costs, mean over seeds; 95% interval"),
     dict(key="iqm", label="IQM", kind="number", help="interquartile mean of the Sharpe ratios of all markets and seeds"),
@@ -32,10 +33,17 @@ COLUMNS = [
     dict(key="cvar", label="CVaR", kind="percent", help="mean net return of the worst 5% of bars"),
     dict(key="turnover", label="turnover", kind="times", help="sum of absolute weight changes a year"),
     dict(key="cost", label="cost", kind="percent", help="all costs a year, share of equity"),
+    dict(key="late", label="1 bar late", kind="number", help="Sharpe ratio of the same orders, each given one bar later"),
     dict(key="better", label="P(better)", kind="probability", help="probability of a higher Sharpe ratio than the reference's"),
     dict(key="psr", label="PSR", kind="probability", help="probability that the Sharpe ratio is above zero"),
     dict(key="dsr", label="DSR", kind="probability", help="the same, deflated for every trial of the group"),
     dict(key="seeds", label="seeds", kind="count", help="runs that count, one per seed"),
+]
+SHOWN = {column["key"] for column in COLUMNS}
+MORE = [  # on the page on demand, and in the JSON
+    dict(key=key, label=label, kind=kind, help=text, more=True)
+    for key, (label, kind, text) in metrics.SCORES.items()
+    if key not in SHOWN
 ]
 
 
@@ -55,8 +63,8 @@ class Args:
     """bootstrap draws of every interval"""
     seed: int = 0
     """seed of the bootstrap"""
-    regimes: bool = True
-    """scores by regime, where the panel can be loaded again (synthetic markets and files that are still there)"""
+    replays: bool = True
+    """the same orders at other costs, one bar late, and by regime, where the panel can be loaded again"""
     learning: bool = True
     """learning curves from TensorBoard events"""
 
@@ -99,15 +107,20 @@ def build(shared: dict, runs: list[Run], failed: list[Run], args: Args) -> dict:
         f"costs {costs.describe()}",
     ]
     trials = sum(trial_count(run) for run in [*runs, *repeats, *failed])
-    selected = Selection(rows, draws, reference, trials + len(configurations), per_year)
+    selection = Selection(rows, draws.block, trials, args.resamples, args.seed)
+    stressed = stress(rows, args.resamples, args.seed) if args.replays else {"notes": []}
     table = [
         {
             "name": name,
             "reference": name == reference,
             "detail": describe_row(name, members),
             "seeds": len(members),
+            **scores_of(members, rows.get(BUY_AND_HOLD, []), per_year),
             **draws.scores(name),
-            **selected.row(name),
+            "iqm": draws.iqm(name),
+            "better": draws.better(name, reference) if reference not in (None, name) else None,
+            "late": stressed.get("late", {}).get(name),
+            **selection.row(name),
         }
         for name, members in rows.items()
     ]
@@ -120,39 +133,33 @@ def build(shared: dict, runs: list[Run], failed: list[Run], args: Args) -> dict:
         "facts": " · ".join(facts),
         "terms": shared,
         "costs": first["market"]["costs"],
-        "warnings": warnings(rows, repeats, cut, reference, drawn, len(panels), args),
+        "warnings": [*warnings(rows, repeats, cut, reference, drawn, len(panels), args), *selection.warnings()],
         "notes": [
             f"Intervals: 95%; {draws.how}, then seeds; {args.resamples} draws.",
-            *selected.notes(trials, len(configurations)),
+            *selection.notes(per_year),
+            *stressed["notes"],
         ],
         "reference": reference,
         "block": draws.block,
         "trials": trials,
         "configurations": len(configurations),
-        "selection": selected.group,
+        "selection": selection.group,
         "rows": table,
         "failed": [failed_row(run) for run in failed],
         "pairs": pairs,
         "curves": curves(rows),
         "learning": learning_curves(rows) if args.learning else {},
-        "regimes": {},
+        "regimes": stressed.get("regimes", {}),
+        "sensitivity": stressed.get("sensitivity", {}),
         "manifests": [{"path": str(run.path), "run": run.content} for run in [*runs, *repeats, *failed]],
     }
 
 
-class Selection:
-    """STUB"""
-
-    def __init__(self, rows, draws, reference, trials, per_year):
-        self.rows, self.group = rows, {"pbo": None, "spa": None}
-
-    def row(self, name):
-        runs = self.rows[name]
-        s = [ledger.summarise(run.ledger, 252, resamples=0) for run in runs]
-        return {"max_drawdown": float(np.mean([x["max_drawdown"] for x in s]))}
-
-    def notes(self, trials, configurations):
-        return [f"{trials} trials and {configurations} configurations."]
+def scores_of(runs: list[Run], benchmark: list[Run], per_year: float) -> dict[str, float]:
+    """Every score of metrics.SCORES, mean over the runs of a row; against the benchmark's run on the same panel, if any."""
+    market = {run.panel: run.ledger["net_return"].to_numpy() for run in benchmark}
+    tables = [metrics.table(run.ledger, per_year, market.get(run.panel)) for run in runs]
+    return {key: float(np.mean([scores[key] for scores in tables])) for key in metrics.SCORES}
 
 
 def trial_count(run: Run) -> int:
@@ -395,7 +402,7 @@ def assemble(args: Args) -> dict:
     summary = f"{len(runs)} runs, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
     return {
         "summary": summary,
-        "columns": COLUMNS,
+        "columns": [*COLUMNS, *MORE],
         "banner": banner,
         "groups": boards,
         "unplaced": [failed_row(run) for run in unplaced],

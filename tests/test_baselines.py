@@ -1,14 +1,14 @@
 """Baselines: each does what its name says, from the past alone, and pays; holding costs nothing; runs are complete."""
 
 import contextlib
-import importlib
 import json
-import sys
 from dataclasses import replace
 
+import baselines
 import numpy as np
 import pandas as pd
 import pytest
+import rules
 from conftest import DEAR, FILLS, ROOT, SMALL, assert_same_bits, ragged_panel, run_python, tampered
 
 from envs import portfolio_references, references
@@ -16,9 +16,6 @@ from envs.costs import DELISTED, RECORD, load_costs
 from envs.ledger import LEDGER
 from envs.panel import Panel
 from envs.synthetic import make_panel
-
-sys.path.append(str(ROOT / "benchmark"))
-baselines, rules = importlib.import_module("baselines"), importlib.import_module("rules")
 
 CONFIG = rules.RuleConfig(window=50, refit_every=20, momentum_window=30, kelly_t=0.5)
 CHARGES = ["commission", "spread", "slippage", "impact", "borrow", "financing"]

@@ -1,17 +1,17 @@
 """The scoreboard: what may be ranked together, what is shown of what failed, and that its numbers are those of the ledgers."""
 
-import importlib
 import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
 import pytest
+import rundirs
+import scoreboard as board
 from conftest import ROOT, run_python
 
 from envs import ledger
@@ -20,16 +20,6 @@ from envs.costs import RECORD, Costs
 SCRIPT = ROOT / "benchmark" / "scoreboard.py"
 BARS, PER_YEAR = 200, 252.0
 EVIL = '<img src=x onerror="window.pwned=1">|`</script><script>window.pwned=1</script>'
-
-
-@pytest.fixture(scope="module")
-def board():
-    """The modules of benchmark/, imported as the command imports them."""
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    try:
-        yield importlib.import_module("scoreboard")
-    finally:
-        sys.path.remove(str(ROOT / "benchmark"))
 
 
 def make_ledger(seed: int, mean: float = 0.0005, markets: int = 1, bars: int = BARS) -> pd.DataFrame:
@@ -79,8 +69,8 @@ def change(path: Path, edit):
     (path / "run.json").write_text(json.dumps(content))
 
 
-def assemble(board, *roots, **options):
-    return board.assemble(board.Args(runs=tuple(roots), resamples=options.pop("resamples", 50), regimes=False, **options))
+def assemble(*roots, **options):
+    return board.assemble(board.Args(runs=tuple(roots), resamples=options.pop("resamples", 50), replays=False, **options))
 
 
 def command(*arguments):
@@ -96,33 +86,32 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_differs_is_not_ranked_together(board, tmp_path, name):
-    rundirs = sys.modules["rundirs"]
+def test_what_differs_is_not_ranked_together(tmp_path, name):
     make_run(tmp_path, "ppo")
     other = make_run(tmp_path, "sac")
-    assert len(assemble(board, tmp_path, strict=True)["groups"]) == 1
+    assert len(assemble(tmp_path, strict=True)["groups"]) == 1
     before = rundirs.terms(rundirs.read(other))
     change(other, CHANGES[name])
-    found = assemble(board, tmp_path)
+    found = assemble(tmp_path)
     assert [[row["name"] for row in group["rows"]] for group in found["groups"]] in ([["ppo"], ["sac"]], [["sac"], ["ppo"]])
     assert name in found["banner"][0]
     after = rundirs.terms(rundirs.read(other))
     with pytest.raises(SystemExit) as refusal:
-        assemble(board, tmp_path, strict=True)
+        assemble(tmp_path, strict=True)
     assert all(str(part) in str(refusal.value) for part in (name, before[name], after[name]))
 
 
-def test_the_name_of_a_cost_model_does_not_part_runs(board, tmp_path):
+def test_the_name_of_a_cost_model_does_not_part_runs(tmp_path):
     make_run(tmp_path, "ppo")
     make_run(tmp_path, "sac", costs={"name": "my own"})
-    assert len(assemble(board, tmp_path)["groups"]) == 1
+    assert len(assemble(tmp_path)["groups"]) == 1
 
 
-def test_seeds_of_a_synthetic_market_are_one_group(board, tmp_path):
+def test_seeds_of_a_synthetic_market_are_one_group(tmp_path):
     for seed in (1, 2):
         for name in ("ppo", "sac"):
             make_run(tmp_path, name, seed, market="synthetic:noise", sha=str(seed) * 64)
-    found = assemble(board, tmp_path, strict=True)
+    found = assemble(tmp_path, strict=True)
     (group,) = found["groups"]
     assert [row["seeds"] for row in group["rows"]] == [2, 2]
     assert any("draws prices of its own" in line for line in group["warnings"])
@@ -130,7 +119,7 @@ def test_seeds_of_a_synthetic_market_are_one_group(board, tmp_path):
     # another specification, or other prices under the same seed, is another market
     make_run(tmp_path, "ppo", 1, market="synthetic:noise:bars=9", sha="1" * 64)
     make_run(tmp_path, "old", 2, market="synthetic:noise", sha="f" * 64)
-    found = assemble(board, tmp_path)
+    found = assemble(tmp_path)
     assert sorted(sorted(row["name"] for row in group["rows"]) for group in found["groups"]) == [
         ["old"],
         ["ppo"],
@@ -140,31 +129,31 @@ def test_seeds_of_a_synthetic_market_are_one_group(board, tmp_path):
 
 
 @pytest.mark.parametrize("market", ["shuffled:sp500", "bootstrap:block=20:prices.csv", "crossed:sp500"])
-def test_seeds_of_a_market_made_of_another_are_one_group_for_the_same_symbols(board, tmp_path, market):
+def test_seeds_of_a_market_made_of_another_are_one_group_for_the_same_symbols(tmp_path, market):
     for seed in (1, 2):
         make_run(tmp_path, "ppo", seed, market=market, sha=str(seed) * 64)
-    (group,) = assemble(board, tmp_path, strict=True)["groups"]
+    (group,) = assemble(tmp_path, strict=True)["groups"]
     assert group["rows"][0]["seeds"] == 2
     assert any("draws prices of its own" in line for line in group["warnings"])
     make_run(tmp_path, "few", 3, market=market, sha="3" * 64, args={"symbols": ["A", "B"]})  # the name does not say so
-    found = assemble(board, tmp_path)
+    found = assemble(tmp_path)
     assert len(found["groups"]) == 2 and "args.symbols" in found["banner"][0]
 
 
-def test_configurations_of_one_script_are_rows_of_their_own(board, tmp_path):
+def test_configurations_of_one_script_are_rows_of_their_own(tmp_path):
     make_run(tmp_path, "ppo", args={"portfolio": {"scale": 0.5, "costs": "x"}, "runs_dir": "here"})
     make_run(tmp_path, "ppo", args={"portfolio": {"scale": 1.0, "costs": "y"}, "runs_dir": "there"})
     make_run(tmp_path, "ppo", 2, args={"portfolio": {"scale": 1.0, "costs": "z"}, "runs_dir": "there"})
-    (group,) = assemble(board, tmp_path)["groups"]
+    (group,) = assemble(tmp_path)["groups"]
     assert {row["name"]: row["seeds"] for row in group["rows"]} == {"ppo [scale=0.5]": 1, "ppo [scale=1]": 2}
     assert any("different seeds" in line for line in group["warnings"])
     assert group["configurations"] == 2
 
 
-def test_the_latest_of_a_repeated_run_counts(board, tmp_path):
+def test_the_latest_of_a_repeated_run_counts(tmp_path):
     make_run(tmp_path, frame=make_ledger(1))
     make_run(tmp_path, frame=make_ledger(5))  # its directory gets a later second
-    (group,) = assemble(board, tmp_path)["groups"]
+    (group,) = assemble(tmp_path)["groups"]
     expected = ledger.summarise(test_part(make_ledger(5)), PER_YEAR, resamples=0)
     assert group["rows"][0]["sharpe"]["value"] == pytest.approx(expected["sharpe"])
     assert group["trials"] == 2 and any("1 older run" in line for line in group["warnings"])
@@ -236,13 +225,13 @@ BROKEN = (
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_run_is_a_red_row_with_its_reason(board, tmp_path, name):
+def test_a_broken_run_is_a_red_row_with_its_reason(tmp_path, name):
     make_run(tmp_path, "ppo")
     path = make_run(tmp_path, "sac")
     (path / "log.txt").write_text("".join(f"line {k}\r\n\n" for k in range(99)))
     edit, reason = broken(name)
     edit(path)
-    found = assemble(board, tmp_path)
+    found = assemble(tmp_path)
     assert [row["name"] for row in found["groups"][0]["rows"]] == ["ppo"] and len(found["groups"]) == 1
     (row,) = found["groups"][0]["failed"] + found["unplaced"]
     assert reason in row["reason"] and row["path"] == str(path)
@@ -254,32 +243,32 @@ def test_a_broken_run_is_a_red_row_with_its_reason(board, tmp_path, name):
         assert found["groups"][0]["failed"] and found["groups"][0]["trials"] == 2
 
 
-def test_a_job_that_left_no_run_directory_is_shown(board, tmp_path):
+def test_a_job_that_left_no_run_directory_is_shown(tmp_path):
     make_run(tmp_path / "a", "ppo")
     (tmp_path / "a" / "job.json").write_text("{}")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "job.json").write_text("{}")
-    found = assemble(board, tmp_path / "a", tmp_path / "b", tmp_path / "b", tmp_path / "c")
+    found = assemble(tmp_path / "a", tmp_path / "b", tmp_path / "b", tmp_path / "c")
     assert [(row["name"], row["reason"]) for row in found["unplaced"]] == [
         ("b", "it has no run.json"),
         ("c", "no such directory"),
     ]
 
 
-def test_gymnasium_tasks_are_no_failures(board, tmp_path):
+def test_gymnasium_tasks_are_no_failures(tmp_path):
     path = make_run(tmp_path, "ppo", last_100_returns=490.0, env_steps=500_000)
     change(path, lambda run: [run.pop("panel"), run.pop("market"), run.update(env_id="CartPole-v1")])
     (path / "ledger.parquet").unlink()
-    found = assemble(board, tmp_path)
+    found = assemble(tmp_path)
     assert not found["unplaced"] and not found["groups"]
     assert found["tasks"] == [{"name": "ppo", "env_id": "CartPole-v1", "seeds": "1", "score": "490 ± 0", "steps": "500,000"}]
 
 
-def test_numbers_are_those_of_the_ledgers(board, tmp_path):
+def test_numbers_are_those_of_the_ledgers(tmp_path):
     frames = {("ppo", s): make_ledger(s, 0.001) for s in (1, 2, 3)} | {("baseline-equal-weight", 1): make_ledger(9)}
     for (name, seed), frame in frames.items():
         make_run(tmp_path, name, seed, frame)
-    (group,) = assemble(board, tmp_path, resamples=300)["groups"]
+    (group,) = assemble(tmp_path, resamples=300)["groups"]
     assert [row["name"] for row in group["rows"]] == ["ppo", "baseline-equal-weight"]
     for row in group["rows"]:
         parts = [test_part(frame) for (name, _), frame in frames.items() if name == row["name"]]
@@ -297,14 +286,14 @@ def test_numbers_are_those_of_the_ledgers(board, tmp_path):
     assert (cell["high"] - cell["low"]) / 2 == pytest.approx(half, rel=0.3)
 
 
-def test_differences_are_paired(board, tmp_path):
+def test_differences_are_paired(tmp_path):
     """A strategy that earns 1 bp more in every bar is better beyond doubt, although both intervals overlap."""
     base = make_ledger(4)
     better = base.assign(net_return=base["net_return"] + 1e-4)
     better["equity"] = better.groupby(["split", "market"])["net_return"].transform(lambda r: (1 + r).cumprod())
     for name, frame in (("base", base), ("better", better)):
         make_run(tmp_path, name, frame=frame)
-    (group,) = assemble(board, tmp_path)["groups"]
+    (group,) = assemble(tmp_path)["groups"]
     assert [row["name"] for row in group["rows"]] == ["better", "base"]
     assert group["rows"][0]["growth"]["low"] < group["rows"][1]["growth"]["high"]
     scores = {score["key"]: score for score in group["pairs"]["0,1"]["scores"]}
@@ -313,14 +302,14 @@ def test_differences_are_paired(board, tmp_path):
     assert scores["sharpe"]["low"] > 0
 
 
-def test_pairs_use_the_seeds_that_both_have(board, tmp_path):
+def test_pairs_use_the_seeds_that_both_have(tmp_path):
     """On synthetic markets only those are the same prices; the same inputs give the same draws."""
     frames = {
         (name, seed): make_ledger(10 * seed + len(name)) for name, seed in (("ppo", 1), ("ppo", 2), ("sac2", 2), ("dqn22", 3))
     }
     for (name, seed), frame in frames.items():
         make_run(tmp_path, name, seed, frame, market="synthetic:noise", sha=str(seed) * 64)
-    (group,) = assemble(board, tmp_path)["groups"]
+    (group,) = assemble(tmp_path)["groups"]
     order = [row["name"] for row in group["rows"]]
     i, j = sorted((order.index("ppo"), order.index("sac2")))
     pair = {score["key"]: score for score in group["pairs"][f"{i},{j}"]["scores"]}
@@ -329,10 +318,10 @@ def test_pairs_use_the_seeds_that_both_have(board, tmp_path):
     assert pair["growth"]["difference"] == pytest.approx(gap)
     i, j = sorted((order.index("ppo"), order.index("dqn22")))
     assert "No seed in common" in group["pairs"][f"{i},{j}"]["note"]
-    assert json.dumps(assemble(board, tmp_path)["groups"]) == json.dumps(assemble(board, tmp_path)["groups"])
+    assert json.dumps(assemble(tmp_path)["groups"]) == json.dumps(assemble(tmp_path)["groups"])
 
 
-def test_intervals_know_of_the_seeds(board, tmp_path):
+def test_intervals_know_of_the_seeds(tmp_path):
     """Seeds that each earn the same in every bar differ from each other alone: without drawing seeds there is no interval."""
     for seed, mean in enumerate((0.0, 1e-3, 2e-3, 3e-3), 1):
         frame = make_ledger(7)
@@ -340,17 +329,17 @@ def test_intervals_know_of_the_seeds(board, tmp_path):
         frame["equity"] = frame.groupby(["split", "market"])["net_return"].transform(lambda r: (1 + r).cumprod())
         make_run(tmp_path, seed=seed, frame=frame)
     make_run(tmp_path, "alone", frame=make_ledger(7))
-    (group,) = assemble(board, tmp_path, resamples=400)["groups"]
+    (group,) = assemble(tmp_path, resamples=400)["groups"]
     ppo, alone = ({**row["growth"]} for row in sorted(group["rows"], key=lambda row: -row["seeds"]))
     time, both = alone["high"] - alone["low"], ppo["high"] - ppo["low"]
     seeds = 3.92 * np.std([0.0, 1e-3, 2e-3, 3e-3]) / 2 * PER_YEAR
     assert both == pytest.approx(np.hypot(time, seeds), rel=0.25) and both > 1.1 * time
 
 
-def test_many_markets_are_drawn_whole(board, tmp_path):
+def test_many_markets_are_drawn_whole(tmp_path):
     frame = make_ledger(1, markets=12, bars=60)
     make_run(tmp_path, frame=frame)
-    (group,) = assemble(board, tmp_path, resamples=400)["groups"]
+    (group,) = assemble(tmp_path, resamples=400)["groups"]
     assert group["block"] is None and "12 markets drawn whole" in group["notes"][0]
     expected = ledger.summarise(test_part(frame), PER_YEAR, resamples=1000)
     cell = group["rows"][0]["sharpe"]
@@ -358,25 +347,25 @@ def test_many_markets_are_drawn_whole(board, tmp_path):
     assert cell["high"] - cell["low"] == pytest.approx(expected["sharpe_high"] - expected["sharpe_low"], rel=0.25)
 
 
-def test_rows_that_start_later_are_compared_on_common_bars(board, tmp_path):
+def test_rows_that_start_later_are_compared_on_common_bars(tmp_path):
     frame = make_ledger(1, markets=2)
     make_run(tmp_path, "early", frame=frame)
     late = frame[frame.groupby(["split", "market"]).cumcount() >= 50].reset_index(drop=True)
     late["equity"] = late.groupby(["split", "market"])["net_return"].transform(lambda r: (1 + r).cumprod())
     path = make_run(tmp_path, "late", frame=late)
     change(path, lambda run: run["panel"]["splits"]["test"].update(bars=400))
-    (group,) = assemble(board, tmp_path)["groups"]
+    (group,) = assemble(tmp_path)["groups"]
     early, later = group["rows"]
     for key in ("sharpe", "growth", "turnover", "cost", "max_drawdown"):
         assert early[key] == later[key] or early[key]["value"] == pytest.approx(later[key]["value"]), key
     assert any("from 300 to 400" in line for line in group["warnings"])
 
 
-def test_curves_end_where_the_ledgers_end(board, tmp_path):
+def test_curves_end_where_the_ledgers_end(tmp_path):
     frames = {seed: make_ledger(seed, bars=600) for seed in (1, 2, 3)}
     for seed, frame in frames.items():
         make_run(tmp_path, seed=seed, frame=frame)
-    curve = assemble(board, tmp_path)["groups"][0]["curves"]["rows"]["ppo"]
+    curve = assemble(tmp_path)["groups"][0]["curves"]["rows"]["ppo"]
     ends = [test_part(frame)["equity"].iloc[-1] for frame in frames.values()]
     assert curve["equity"][-1] == pytest.approx(np.median(ends), rel=1e-4)
     assert (curve["equity_low"][-1], curve["equity_high"][-1]) == pytest.approx((min(ends), max(ends)), rel=1e-4)
@@ -384,17 +373,17 @@ def test_curves_end_where_the_ledgers_end(board, tmp_path):
     assert max(curve["drawdown"]) <= 0
 
 
-def test_cost_multiples_become_a_curve(board, tmp_path):
+def test_cost_multiples_become_a_curve(tmp_path):
     for factor in (0.5, 1.0, 2.0):
         make_run(tmp_path, costs=vars(Costs().scaled(factor)) if factor != 1 else None)
     make_run(tmp_path, costs={"commission_bps": 3.0})  # not in proportion
-    found = assemble(board, tmp_path)
+    found = assemble(tmp_path)
     assert len(found["groups"]) == 4
     (curve,) = found["costs"]
     assert [p["multiple"] for p in curve["rows"]["ppo"]] == [0.5, 1.0, 2.0]
 
 
-def test_learning_curves_are_read_from_events(board, tmp_path):
+def test_learning_curves_are_read_from_events(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
     for seed in (1, 2):
@@ -403,13 +392,13 @@ def test_learning_curves_are_read_from_events(board, tmp_path):
             writer.add_scalar("charts/episodic_return", step * seed, step)
             writer.add_scalar("losses/value", 1.0, step)
         writer.close()
-    learning = assemble(board, tmp_path)["groups"][0]["learning"]
+    learning = assemble(tmp_path)["groups"][0]["learning"]
     assert list(learning) == ["charts/episodic_return"]
     curve = learning["charts/episodic_return"]["ppo"]
     assert (curve["x"][-1], curve["low"][-1], curve["y"][-1], curve["high"][-1]) == (100, 100, 150, 200)
 
 
-def test_compare_prints_differences(board, tmp_path, capsys):
+def test_compare_prints_differences(tmp_path, capsys):
     base = make_ledger(4)
     for name, seed in (("ppo", 1), ("ppo", 2), ("sac", 1)):
         make_run(tmp_path / name, name, seed, base if name == "sac" else make_ledger(seed, 0.002))
@@ -438,7 +427,7 @@ def test_compare_prints_differences(board, tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def evil_page(board, tmp_path_factory) -> Path:
+def evil_page(tmp_path_factory) -> Path:
     """A scoreboard written by the command, from runs whose every text tries to break out of it."""
     root = tmp_path_factory.mktemp("page")
     for seed in (1, 2):

@@ -1,23 +1,14 @@
 """benchmark/throughput.py runs, writes what it measured, and does without its peers. No time is asserted: machines vary."""
 
-import importlib.util
 import json
 import sys
 
 import pytest
+import throughput
 from conftest import ROOT, run_python
 
 TINY = "synthetic:leadlag:bars=300:train=1:val=1:test=1"
 SCRIPT = ROOT / "benchmark" / "throughput.py"
-
-
-@pytest.fixture
-def throughput(monkeypatch):
-    spec = importlib.util.spec_from_file_location("throughput", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "throughput", module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_command_writes_rows(tmp_path):
@@ -38,7 +29,7 @@ def test_command_writes_rows(tmp_path):
     assert all(f"| {row['name']} | " in text for row in content["rows"])
 
 
-def test_missing_peers_are_rows(throughput, tmp_path, monkeypatch):
+def test_missing_peers_are_rows(tmp_path, monkeypatch):
     for package in ("stable_baselines3", "gym_trading_env", "gym_anytrading"):
         monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError
     monkeypatch.setattr(throughput, "script", lambda args, path, market, threads: lambda: 1000.0 * threads)
@@ -49,7 +40,7 @@ def test_missing_peers_are_rows(throughput, tmp_path, monkeypatch):
     assert throughput.INSTALL in (tmp_path / "throughput.md").read_text()
 
 
-def test_ratios_are_of_neighbours(throughput):
+def test_ratios_are_of_neighbours():
     first, second = iter([1.0, 10.0, 4.0]), iter([2.0, 30.0, 16.0])
     rows = throughput.compare(
         "x", {"a": lambda: next(first), "b": lambda: next(second), "c": "why"}, 3, targets=[("b", 2, 3), ("c", 1, 2)]
@@ -58,6 +49,6 @@ def test_ratios_are_of_neighbours(throughput):
     assert rows[2]["note"] == "why" and "met" not in rows[2] and rows[2]["target"] == "<= 2"
 
 
-def test_unknown_section_is_refused(throughput):
+def test_unknown_section_is_refused():
     with pytest.raises(SystemExit, match="--only nonsense"):
         throughput.Args(only=("nonsense",))
