@@ -34,7 +34,7 @@ class Args:
     exp_name: str = Path(__file__).stem
     """name of the run; the script's by default"""
     seed: int = 1
-    """seed of the networks, the episodes and, on synthetic markets, of the panel"""
+    """seed of the networks, the episodes and, on markets that are drawn, of the panel"""
     torch_deterministic: bool = True
     """use deterministic algorithms, so that the same seed on the same machine gives the same bits"""
     cuda: bool = True
@@ -57,7 +57,8 @@ class Args:
     env_id: str = MARKET_ENV
     """LeadLag-v0, or any Gymnasium id with vector observations and discrete actions, to check the algorithm itself"""
     market: str = "synthetic:leadlag"
-    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]"""
+    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]; with the prefix shuffled:,
+    bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py)"""
     symbols: tuple[str, ...] = ()
     """symbols of the market to keep (all by default)"""
     start: str | None = None
@@ -67,7 +68,7 @@ class Args:
     resample: str | None = None
     """coarser bars, such as 1D from hourly data"""
     train_fraction: float = 0.6
-    """share of the bars used to train (synthetic markets bring histories of their own for each split)"""
+    """share of the bars used to train (synthetic, bootstrap and crossed markets bring histories for each split)"""
     val_fraction: float = 0.2
     """share of the bars used to choose the model; the rest is the test"""
     embargo: int = 5

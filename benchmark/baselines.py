@@ -29,11 +29,12 @@ class Args:
     only: tuple[str, ...] = ()
     """names of baselines, from the list above (all that make sense on the market by default)"""
     seed: int = 1
-    """seed of the random baseline and, on synthetic markets, of the panel"""
+    """seed of the random baseline and, on markets that are drawn, of the panel"""
     runs_dir: str = "runs"
     """folder that the run directories are made in"""
     market: str = "sp500"
-    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]; see KNOWN for two of them"""
+    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...], see KNOWN for two of them; with the
+    prefix shuffled:, bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py)"""
     symbols: tuple[str, ...] = ()
     """symbols of the market to keep (all by default)"""
     start: str | None = None
@@ -43,7 +44,7 @@ class Args:
     resample: str | None = None
     """coarser bars, such as 1D from hourly data"""
     train_fraction: float = 0.6
-    """share of the bars used to train (synthetic markets bring histories of their own for each split)"""
+    """share of the bars used to train (synthetic, bootstrap and crossed markets bring histories for each split)"""
     val_fraction: float = 0.2
     """share of the bars used to choose the model; the rest is the test"""
     embargo: int = 5

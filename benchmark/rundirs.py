@@ -14,6 +14,7 @@ import pandas as pd
 
 from envs.costs import RECORD, RUIN, Costs
 from envs.ledger import growth
+from envs.synthetic import drawn_from_seed
 
 LOG_LINES, LOG_CHARACTERS = 25, 4000
 LEAVINGS = ("ledger.parquet", "model.pt", "events.out.tfevents.*")
@@ -178,12 +179,12 @@ def _checked(run: Run) -> pd.DataFrame:
 def terms(run: Run) -> dict[str, object]:
     """What must be equal for two runs to be ranked together, by the name of the field in run.json.
 
-    Every seed of a synthetic market has a panel of its own: there the panel is its specification.
+    Where every seed has a panel of its own, the panel is its specification and the symbols selected, which it leaves out.
     """
     panel, market = run.content["panel"], run.content["market"]
     costs = {k: float(v) for k, v in asdict(Costs(**market["costs"])).items() if k != "name"}
-    if panel["name"].startswith("synthetic:"):
-        named = {"panel.name": panel["name"]}
+    if drawn_from_seed(panel["name"]):
+        named = {"panel.name": panel["name"], "args.symbols": json.dumps(run.content["args"].get("symbols") or [])}
     else:
         named = {"panel.sha256": panel["sha256"]}
     return named | {
@@ -200,8 +201,8 @@ def differing(a: dict, b: dict) -> list[str]:
 def group(runs: list[Run]) -> list[tuple[dict, list[Run]]]:
     """(terms, runs) of every comparison group, the largest first.
 
-    Where one seed of a synthetic market has several panels (its generator changed), that of most runs, or else of the latest,
-    stays in the group, and the others form groups of their own.
+    Where one seed of a market that is drawn from it has several panels (its generator changed), that of most runs, or else of
+    the latest, stays in the group, and the others form groups of their own.
     """
     groups: dict[str, tuple[dict, list[Run]]] = {}
     for run in runs:

@@ -21,6 +21,7 @@ from pathlib import Path
 import tyro
 
 from envs import ledger
+from envs.synthetic import drawn_from_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = "baselines"
@@ -111,11 +112,11 @@ def plan(args: Args) -> list[Job]:
             seen += [market] if market not in seen else []
     if BASELINES in scripts:
         seen = seen or list(args.markets) or ["sp500"]
-        # a synthetic market is drawn from the seed; on real prices rules have no seed to differ by
+        # on prices that are not drawn from the seed, rules have no seed to differ by
         jobs += [
             Job(BASELINES, market, seed, terms(args, market))
             for market in seen
-            for seed in (args.seeds if market.startswith("synthetic:") else args.seeds[:1])
+            for seed in (args.seeds if drawn_from_seed(market) else args.seeds[:1])
         ]
     return jobs
 

@@ -95,7 +95,7 @@ def build(shared: dict, runs: list[Run], failed: list[Run], args: Args) -> dict:
     reference = find_row(rows, args.reference)
     first = runs[0].content
     per_year = float(first["panel"]["bars_per_year"])
-    synthetic = "panel.name" in shared
+    drawn = "panel.name" in shared  # from the seed
     test = first["panel"]["splits"]["test"]
     title = first["panel"]["name"]
     costs = Costs(**first["market"]["costs"])
@@ -133,7 +133,7 @@ def build(shared: dict, runs: list[Run], failed: list[Run], args: Args) -> dict:
         "facts": " · ".join(facts),
         "terms": shared,
         "costs": first["market"]["costs"],
-        "warnings": [*warnings(rows, repeats, cut, reference, synthetic, len(panels), args), *selection.warnings()],
+        "warnings": [*warnings(rows, repeats, cut, reference, drawn, len(panels), args), *selection.warnings()],
         "notes": [
             f"Intervals: 95%; {draws.how}, then seeds; {args.resamples} draws.",
             *selection.notes(per_year),
@@ -179,7 +179,7 @@ def describe_row(name: str, runs: list[Run]) -> str:
     return f"{seeds}; knows what no agent can" if name.startswith(FORESIGHT) else seeds
 
 
-def warnings(rows, repeats, cut, reference, synthetic: bool, panels: int, args: Args) -> list[str]:
+def warnings(rows, repeats, cut, reference, drawn: bool, panels: int, args: Args) -> list[str]:
     """What a reader must know before comparing rows of one table."""
     out = []
     numbers = {}
@@ -188,9 +188,9 @@ def warnings(rows, repeats, cut, reference, synthetic: bool, panels: int, args: 
     if len(numbers) > 1:
         said = "; ".join(f"{', '.join(map(str, seeds))}: {_some(names)}" for seeds, names in numbers.items())
         out.append(f"Rows were run with different seeds ({said}).")
-    if synthetic and panels > 1:
+    if drawn and panels > 1:
         out.append(
-            "Synthetic market: every seed draws prices of its own. Rows are compared on the seeds that they share, paired by "
+            "Every seed of this market draws prices of its own. Rows are compared on the seeds that they share, paired by "
             "seed; a row with other seeds has met other prices."
         )
     one = [name for name, runs in rows.items() if len(runs) == 1 and not name.startswith("baseline-")]

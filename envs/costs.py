@@ -112,7 +112,8 @@ def parse_options(text: str, default, flag: str):
     for option in filter(None, text.split(":")):
         key, equals, value = option.partition("=")
         if not equals or key not in types:
-            raise ValueError(f"{flag}: unknown option {option!r}; expected key=value with key one of {sorted(types)}")
+            expected = f"key=value with key one of {sorted(types)}" if types else "none"
+            raise ValueError(f"{flag}: unknown option {option!r}; expected {expected}")
         try:
             values[key] = types[key](value)
         except ValueError:

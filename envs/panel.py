@@ -65,7 +65,7 @@ class Split:
 class Panel:
     """T bars x N symbols. Arrays are C-contiguous, and read-only views of what the caller passed.
 
-    name: where the data come from: "sp500", a file's name, "synthetic:...".
+    name: where the data come from: "sp500", a file's name, "synthetic:...", "shuffled:...".
     timestamps: (T,) datetime64[ns], UTC or zone-less, strictly increasing inside each segment.
     symbols: N unique names.
     close: (T, N) float64, in the quote currency; NaN where the symbol has no bar at that time.

@@ -13,6 +13,7 @@ from numba import njit
 from envs.costs import parse_options
 from envs.files import load_panel
 from envs.panel import Panel, PanelError
+from envs.resampled import is_resampled, resampled, source_of
 
 SPLITS = ("train", "val", "test")
 SLOW, FAST = 0, 1  # values of hidden["regime"] on the lead-lag market
@@ -268,14 +269,22 @@ def make_panel(spec: str, seed: int = 0) -> Panel:
 
 
 def load_market(spec: str, seed: int = 0, **selection) -> Panel:
-    """The panel that `--market` names: a synthetic one drawn from `seed`, or any that `load_panel` reads.
+    """The panel that `--market` names: a synthetic one drawn from `seed`, any that `load_panel` reads, or one made of
+    another market by a prefix (`envs/resampled.py`), drawn from `seed` too.
 
-    `selection` (symbols, start, columns, ...) is passed on to `load_panel`; a synthetic market takes none of it, but for
-    series_lag, which says nothing by itself.
+    `selection` (symbols, start, columns, ...) is passed on to `load_panel`, by a prefix to its market; a synthetic market
+    takes none of it, but for series_lag, which says nothing by itself. Raises PanelError as these do.
     """
+    if is_resampled(spec):
+        return resampled(spec, load_market(source_of(spec), seed, **selection), seed)
     if not spec.startswith("synthetic:"):
         return load_panel(spec, **selection)
     given = [key for key, value in selection.items() if value and key != "series_lag"]
     if given:
         raise PanelError(f"--market {spec}: a synthetic market takes no --{given[0]}; expected key=value options in its name")
     return make_panel(spec, seed)
+
+
+def drawn_from_seed(spec: str) -> bool:
+    """Whether every seed has prices of its own on the market `spec`: what `load_market` does not simply read."""
+    return spec.startswith("synthetic:") or is_resampled(spec)

@@ -114,7 +114,7 @@ def test_seeds_of_a_synthetic_market_are_one_group(tmp_path):
     found = assemble(tmp_path, strict=True)
     (group,) = found["groups"]
     assert [row["seeds"] for row in group["rows"]] == [2, 2]
-    assert any("every seed draws prices of its own" in line for line in group["warnings"])
+    assert any("draws prices of its own" in line for line in group["warnings"])
     assert "seeds 1, 2 paired" in group["pairs"]["0,1"]["how"]
     # another specification, or other prices under the same seed, is another market
     make_run(tmp_path, "ppo", 1, market="synthetic:noise:bars=9", sha="1" * 64)
@@ -126,6 +126,18 @@ def test_seeds_of_a_synthetic_market_are_one_group(tmp_path):
         ["ppo", "sac"],
     ]
     assert "panel.sha256 of seed 2" in found["banner"][0] and "panel.name" in found["banner"][0]
+
+
+@pytest.mark.parametrize("market", ["shuffled:sp500", "bootstrap:block=20:prices.csv", "crossed:sp500"])
+def test_seeds_of_a_market_made_of_another_are_one_group_for_the_same_symbols(tmp_path, market):
+    for seed in (1, 2):
+        make_run(tmp_path, "ppo", seed, market=market, sha=str(seed) * 64)
+    (group,) = assemble(tmp_path, strict=True)["groups"]
+    assert group["rows"][0]["seeds"] == 2
+    assert any("draws prices of its own" in line for line in group["warnings"])
+    make_run(tmp_path, "few", 3, market=market, sha="3" * 64, args={"symbols": ["A", "B"]})  # the name does not say so
+    found = assemble(tmp_path)
+    assert len(found["groups"]) == 2 and "args.symbols" in found["banner"][0]
 
 
 def test_configurations_of_one_script_are_rows_of_their_own(tmp_path):
