@@ -264,12 +264,12 @@ def attempt(job: Job, folder: Path, limits: Limits, stopping: Callable[[], bool]
 def run_process(command: list[str], folder: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
     """Run it to its end, its output into log.txt; None, or why it failed. Whatever ends this call ends its processes too."""
     log = folder / "log.txt"
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # the envs/ whose code was hashed
+    env = os.environ | {"PYTHONPATH": python_path(ROOT)}  # the envs/ whose code was hashed
     with log.open("a") as out:
         out.write(f"$ {shlex.join(command)}\n")
         out.flush()
         process = subprocess.Popen(
-            command, cwd=limits.cwd, env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.DEVNULL, stdout=out,
+            command, cwd=limits.cwd, env=env, stdin=subprocess.DEVNULL, stdout=out,
             stderr=subprocess.STDOUT, start_new_session=True,  # a group of its own: Ctrl-C reaches the runner alone
         )  # fmt: skip
     try:
@@ -288,6 +288,11 @@ def run_process(command: list[str], folder: Path, limits: Limits, stopping: Call
         process.wait()
         (folder / "pid").unlink(missing_ok=True)
     return f"exit code {code}: {last_lines(log, 1)}" if code else None
+
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH with these folders first."""
+    return os.pathsep.join(filter(None, (*map(str, folders), os.environ.get("PYTHONPATH"))))
 
 
 def complaint(folder: Path) -> str | None:
@@ -394,8 +399,9 @@ def ray_results(args: Args, jobs: list[Job], limits: Limits) -> Iterator[tuple[J
     """(job, its result) as each one ends, on a Ray cluster, as many at once as it has room for."""
     import ray  # a cluster is optional: pip install ray
 
-    path = os.pathsep.join((str(ROOT), str(ROOT / "benchmark")))
-    ray.init(address=args.ray_address, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    env = {"PYTHONPATH": python_path(ROOT, ROOT / "benchmark")}  # where run_job's imports are
+    ray.init(address=args.ray_address, runtime_env={"env_vars": env})
+    end_on_signals()  # Ray has set handlers of its own
     try:
         remote = ray.remote(num_cpus=limits.threads, max_retries=0)(run_job)  # run_job has retries of its own
         waiting = {remote.remote(job, args.runs_dir, limits): job for job in jobs}
@@ -439,6 +445,12 @@ def execute(args: Args, jobs: list[Job]) -> list[dict]:
     return [records[job] for job in jobs]
 
 
+def end_on_signals():
+    """Let a request to end raise KeyboardInterrupt, as Ctrl-C does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+
+
 def main(args: Args) -> int:
     jobs = plan(args)
     if args.dry_run:
@@ -457,8 +469,7 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # they end it like Ctrl-C
+    end_on_signals()
     try:
         sys.exit(main(tyro.cli(Args, description=__doc__)))
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,8 @@ import tyro
 from conftest import ROOT
 from scripts import SCRIPTS, Run, assert_same_ledger
 from test_scoreboard import make_ledger, make_run
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a runner
 
 # A script as the runner sees one: it learns by adding its iterations to a checksum, which its checkpoint holds.
 # modes.json: "script market seed" -> what goes wrong in each start; the last mode is that of all later ones.
@@ -198,10 +201,13 @@ class Tree:
 
 
 @pytest.fixture
-def tree(tmp_path, templates, modules, monkeypatch) -> Tree:
+def tree(tmp_path, templates, modules, monkeypatch) -> Iterator[Tree]:
     made = Tree(tmp_path / "a tree", templates, modules.runner, monkeypatch)
     monkeypatch.chdir(made.root)
-    return made
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield made
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -570,7 +576,7 @@ def test_an_orphan_of_a_resumed_run_is_ended_too(tree, undisturbed):
     assert tree.run() == 0 and not alive(orphan) and tree.results() == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_an_interrupted_runner_ends_its_processes_and_goes_on(tree, undisturbed, number):
     tree.no_board()
     tree.goes_wrong(seed1=["hang", "fine"], seed2=["hang", "fine"])
@@ -610,7 +616,7 @@ def test_one_runner_at_a_time(tree):
     tree.no_board()
     tree.goes_wrong(seed1=["hang"])
     tree.runs.mkdir()
-    (tree.runs / "runner.lock").write_text("1")  # left by a runner that is gone, under the number of a process that is not
+    (tree.runs / "runner.lock").write_text("1234567")  # left by a runner that is gone
     process = tree.start()
     tree.hanging(1)
     with pytest.raises(SystemExit, match=f"--runs-dir .*runs: process {process.pid} runs there"):
@@ -634,6 +640,7 @@ class FakeRay:
 
     def init(self, **options):
         self.calls.append(("init", options))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("Ray's own handler"))
 
     def remote(self, **options):
         self.calls.append(("remote", options))
@@ -659,11 +666,14 @@ class FakeRay:
 
 def test_a_cluster_runs_the_same_jobs(tree, undisturbed, monkeypatch):
     tree.no_board()
+    monkeypatch.setenv("PYTHONPATH", "mine")
     monkeypatch.setitem(sys.modules, "ray", fake := FakeRay())
     assert tree.run(ray_address="ray://head:10001") == 0 and tree.results() == undisturbed
     (_, init), (_, remote), (last, _) = fake.calls
     assert init["address"] == "ray://head:10001" and last == "shutdown"
-    assert init["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep) == [str(tree.root), str(tree.root / "benchmark")]
+    path = init["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep)
+    assert path == [str(tree.root), str(tree.root / "benchmark"), "mine"]
+    assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     assert remote == {"num_cpus": tree.runner.limits_of(tree.args())[0].threads, "max_retries": 0}
 
 
@@ -747,7 +757,8 @@ def test_run_all_killed_half_way_and_started_again(tmp_path):
     def start(name):
         call = [str(ROOT / "benchmark" / "run_all.sh"), "--quick", "--seeds", "1", "--total-timesteps", "1000000"]
         call += ["--runs-dir", str(folders[name] / "runs"), "--out", str(folders[name] / "out")]
-        return subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
+        return subprocess.Popen(call, cwd=tmp_path, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(name):
         process = start(name)
@@ -755,15 +766,15 @@ def test_run_all_killed_half_way_and_started_again(tmp_path):
         assert process.returncode == 0, printed
         return printed
 
-    def checkpoints():
-        return [path for path in folders["killed"].glob("runs/*/*/model.pt") if "finished" not in status(path.parent)]
-
-    def status(run_dir):
-        return json.loads((run_dir / "run.json").read_text())["status"]
+    def half_way():
+        """One run has finished, and another has left a checkpoint."""
+        runs = [json.loads(path.read_text()) for path in folders["killed"].glob("runs/*/job.json")]
+        begun = [path for path in folders["killed"].glob("runs/*/*/model.pt") if Run(path.parent).json["status"] == "running"]
+        return begun and any(run["status"] == "finished" for run in runs)
 
     finish("undisturbed")
     process = start("killed")
-    wait_for(lambda: len(list(folders["killed"].glob("runs/*/job.json"))) >= 3 and checkpoints(), seconds=600)
+    wait_for(half_way, seconds=600)
     process.kill()
     process.communicate()
     printed = finish("killed")
