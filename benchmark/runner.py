@@ -51,6 +51,7 @@ SEEDS, QUICK_SEEDS = (1, 2, 3, 4, 5), (1, 2)
 # On one core half a million steps of PPO take 15 s, most of it start-up. A dozen scripts are 48 runs, two at a time: half an
 # hour leaves each a minute.
 QUICK_STEPS = 500_000
+TIMEOUT, QUICK_TIMEOUT = 7200.0, 300.0  # seconds
 # Of the baselines on a drawn market, those that --quick has time for: nothing is fitted to each of its many histories.
 QUICK_RULES = ("buy-and-hold", "equal-weight", "equal-weight-monthly", "random", "kelly-lite")
 QUICK_RULES_OF = {
@@ -88,8 +89,8 @@ class Args:
     """address of a Ray cluster whose machines share these folders (local: start one here), instead of local workers"""
     retries: int = 1
     """how often a failed run is tried again, from its checkpoint if it left one"""
-    timeout: float = 7200.0
-    """seconds after which a try counts as failed"""
+    timeout: float = 0.0
+    """seconds after which a try counts as failed (0: two hours; with --quick five minutes)"""
     runs_dir: Path = ROOT / "runs" / "benchmark"
     """folder of the runs; one runner at a time"""
     out: Path = ROOT / "benchmark" / "results"
@@ -108,11 +109,12 @@ class Args:
                 sys.exit(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected 0 or more")
         if any(seed < 0 for seed in self.seeds):
             sys.exit(f"--seeds {' '.join(map(str, self.seeds))}: expected 0 or more each")
-        if not 0 < self.timeout < float("inf"):
-            sys.exit(f"--timeout {self.timeout:g}: expected a number of seconds above 0")
+        if not 0 <= self.timeout < float("inf"):
+            sys.exit(f"--timeout {self.timeout:g}: expected 0 or a number of seconds")
         self.scripts = self.scripts or available
         self.seeds = self.seeds or (QUICK_SEEDS if self.quick else SEEDS)
         self.total_timesteps = self.total_timesteps or (QUICK_STEPS if self.quick else 0)
+        self.timeout = self.timeout or (QUICK_TIMEOUT if self.quick else TIMEOUT)
         if self.protocol is None:
             self.protocol = () if self.quick or self.markets else tuple(PROTOCOL)
         self.runs_dir, self.out = self.runs_dir.resolve(), self.out.resolve()
