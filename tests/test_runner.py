@@ -93,7 +93,7 @@ while iteration < 8:
         content = {"args": vars(args), "iteration": iteration, "checksum": checksum}
         (folder / "model.part").write_text(json.dumps(content))
         os.replace(folder / "model.part", folder / "model.pt")
-    if (mode == "first iteration" and iteration == 1) or (mode.startswith(("late", "early")) and iteration == 5):
+    if iteration == {"first iteration": 1, "late": 5, "early, then at every resume": 5, "later": 7}.get(mode):
         crash()
     if mode == "hang" and iteration == 5:
         (tree / "hangs" / str(os.getpid())).touch()
@@ -460,6 +460,13 @@ def test_a_checkpoint_that_leads_nowhere_is_left_behind(tree, undisturbed):
     tree.goes_wrong(seed1=["early, then at every resume"] * 2 + ["fine"])
     assert tree.run(retries=2) == 0
     assert tree.starts(1) == ["start", "resume 4", "start"] and tree.results() == undisturbed
+
+
+def test_a_try_that_came_further_is_gone_on_with(tree, undisturbed):
+    tree.no_board()
+    tree.goes_wrong(seed1=["late", "later", "fine"])
+    assert tree.run(retries=2) == 0
+    assert tree.starts(1) == ["start", "resume 4", "resume 6"] and tree.results() == undisturbed
 
 
 def test_what_failed_is_tried_again_by_the_next_start(tree, undisturbed):
