@@ -627,7 +627,7 @@ def test_one_runner_at_a_time(tree):
     process = tree.start()
     tree.hanging(1)
     with pytest.raises(SystemExit, match=f"--runs-dir .*runs: process {process.pid} runs there"):
-        tree.run()
+        tree.run(timeout=5.0)
     assert tree.starts(1) == ["start"]
     assert tree.run(runs_dir=tree.root / "other", seeds=(2,)) == 0
     process.terminate()
