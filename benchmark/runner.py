@@ -1,23 +1,33 @@
 """Run every script and every baseline on the same markets, seeds, costs and fills, then build the scoreboard.
 
+A full run: 5 seeds of every script of algos/, with the steps that it defaults to, on its own markets (MARKETS) and on the
+protocol's (PROTOCOL); the baselines on all of these; --folds walks forward on real prices. --quick: 2 seeds, half a
+million steps, the first two markets of each script, no protocol, and no fitted rules on drawn markets: a dozen scripts
+take less than half an hour on two cores. It shows that everything runs; scores after so few steps say little.
+
 Each run is a process with a folder of its own, `<runs_dir>/<job>/`, named after what it runs: started again, the runner skips
 what has finished under the same code, resumes what has left a checkpoint, and repeats the rest. What fails after its retries
-leaves a run directory that says so, with the last lines of its log: on the scoreboard it is a red row.
+leaves a run directory that says so, with its log: on the scoreboard it is a red row, and the exit code is 1.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import rundirs
 import tyro
 
 from envs import ledger
@@ -25,69 +35,105 @@ from envs.synthetic import drawn_from_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = "baselines"
-# What a script is run on, by the last part of its name; the first two are --quick's.
+# Markets of a script, by the last part of its name; any other script runs on the real one alone. --quick: the first two.
+REAL = "sp500"
 MARKETS = {
-    "leadlag": ("synthetic:leadlag", "sp500", "synthetic:noise"),
-    "portfolio": ("synthetic:garleanu-pedersen", "sp500", "synthetic:noise", "synthetic:merton"),
+    "leadlag": ("synthetic:leadlag", REAL),
+    "portfolio": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton"),
+}
+# What every script meets besides: controls in which nothing can be found, and histories and symbols of other draws.
+PROTOCOL = {
+    "noise": "synthetic:noise",
+    "shuffled": f"shuffled:{REAL}",
+    "monte-carlo": f"bootstrap:{REAL}",
+    "cross-universe": f"crossed:{REAL}",
+}
+SEEDS, QUICK_SEEDS = (1, 2, 3, 4, 5), (1, 2)
+# On one core half a million steps of PPO take 15 s, most of it start-up. A dozen scripts are 48 runs, two at a time: half an
+# hour leaves each a minute.
+QUICK_STEPS = 500_000
+TIMEOUT, QUICK_TIMEOUT = 7200.0, 300.0  # seconds
+# Of the baselines on a drawn market, those that --quick has time for: nothing is fitted to each of its many histories.
+QUICK_RULES = ("buy-and-hold", "equal-weight", "equal-weight-monthly", "random", "kelly-lite")
+QUICK_RULES_OF = {
+    "synthetic:leadlag": ("lead-lag-10", "lead-lag-30", "lead-lag-90", "oracle-regime", "oracle-returns"),
+    "synthetic:garleanu-pedersen": ("closed-form",),
+    "synthetic:merton": ("closed-form",),
 }
 OWN_COSTS = ("synthetic:garleanu-pedersen", "synthetic:merton")  # their closed form holds for the costs that scripts set there
-QUICK_STEPS = 1_000_000
 LOG_LINES = 25
 
 
 @dataclass
 class Args:
     quick: bool = False
-    """two markets a script, three seeds, a million steps: minutes on two cores"""
+    """less of everything, as above: minutes on two cores"""
     scripts: tuple[str, ...] = ()
     """scripts of algos/ to run, such as ppo_leadlag; baselines for the rules (all by default)"""
     markets: tuple[str, ...] = ()
-    """markets to run all of them on, instead of each script's own"""
+    """markets to run all of them on, instead of each script's own and the protocol's"""
+    protocol: tuple[str, ...] | None = None
+    """more markets for all: noise, shuffled, monte-carlo, cross-universe (default all; none with --quick or --markets)"""
+    folds: int = 0
+    """walk-forward folds, all of them run, on markets with one real history (0: one split)"""
     seeds: tuple[int, ...] = ()
-    """seeds (default 1 to 5; with --quick 1 to 3)"""
+    """seeds (default 1 to 5; with --quick 1 and 2)"""
     costs: str = "institutional"
     """cost model of every run; markets with a closed form keep the costs that it holds for"""
     fill: str = "auto"
     """fill rule of every run"""
     total_timesteps: int = 0
-    """steps of each run (0: the script's default; with --quick a million)"""
+    """steps of each run (0: the script's default; with --quick half a million)"""
     workers: int = 0
-    """runs at once (0: one for every two cores)"""
+    """runs at once (0: one for every two cores; with --quick one for every core)"""
     ray_address: str | None = None
-    """address of a Ray cluster that shares this folder, instead of local workers"""
+    """address of a Ray cluster whose machines share these folders (local: start one here), instead of local workers"""
     retries: int = 1
-    """how often a failed run is tried again"""
-    timeout: float = 7200.0
-    """seconds after which a run counts as failed"""
+    """how often a failed run is tried again, from its checkpoint if it left one"""
+    timeout: float = 0.0
+    """seconds after which a try counts as failed (0: two hours; with --quick five minutes)"""
     runs_dir: Path = ROOT / "runs" / "benchmark"
-    """folder of the runs"""
+    """folder of the runs; one runner at a time"""
     out: Path = ROOT / "benchmark" / "results"
     """folder of the scoreboard"""
+    dry_run: bool = False
+    """print the commands of all runs, and do nothing"""
 
     def __post_init__(self):
-        available = available_scripts()
-        unknown = [name for name in self.scripts if name not in (*available, BASELINES)]
-        if unknown:
-            sys.exit(f"--scripts {' '.join(unknown)}: expected some of {' '.join((*available, BASELINES))}")
-        for flag in ("retries", "workers", "total_timesteps"):
+        """Fill in what depends on other arguments. Exits with one line that names the flag and what was expected."""
+        available = (*available_scripts(), BASELINES)
+        for flag, given, known in (("scripts", self.scripts, available), ("protocol", self.protocol or (), tuple(PROTOCOL))):
+            if unknown := [name for name in given if name not in known]:
+                sys.exit(f"--{flag} {' '.join(unknown)}: expected some of {' '.join(known)}")
+        for flag in ("folds", "total_timesteps", "workers", "retries"):
             if getattr(self, flag) < 0:
                 sys.exit(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected 0 or more")
-        self.seeds = self.seeds or ((1, 2, 3) if self.quick else (1, 2, 3, 4, 5))
+        if any(seed < 0 for seed in self.seeds):
+            sys.exit(f"--seeds {' '.join(map(str, self.seeds))}: expected 0 or more each")
+        if not 0 <= self.timeout < float("inf"):
+            sys.exit(f"--timeout {self.timeout:g}: expected 0 or a number of seconds")
+        self.scripts = self.scripts or available
+        self.seeds = self.seeds or (QUICK_SEEDS if self.quick else SEEDS)
         self.total_timesteps = self.total_timesteps or (QUICK_STEPS if self.quick else 0)
+        self.timeout = self.timeout or (QUICK_TIMEOUT if self.quick else TIMEOUT)
+        if self.protocol is None:
+            self.protocol = () if self.quick or self.markets else tuple(PROTOCOL)
+        self.runs_dir, self.out = self.runs_dir.resolve(), self.out.resolve()
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process. `folder` is its name: what it runs on what, readable, and a hash of the whole command."""
+    """One process: a script with its flags on a market, or all baselines with a seed of theirs."""
 
     script: str
     market: str
     seed: int
-    flags: tuple[str, ...] = field(default=())
+    flags: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
-        digest = hashlib.sha256("\0".join(map(str, asdict(self).values())).encode()).hexdigest()[:8]
+        """Its name: what it runs on what, readable, and a hash of all of it."""
+        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
         market = "".join(c if c.isalnum() else "-" for c in Path(self.market).name)[:40]
         return f"{self.script}__{market}__{self.seed}__{digest}"
 
@@ -95,128 +141,206 @@ class Job:
     def path(self) -> Path:
         return ROOT / ("benchmark" if self.script == BASELINES else "algos") / f"{self.script}.py"
 
+    def command(self, folder: Path, threads: int) -> list[str]:
+        """What starts it afresh, with its run directories in `folder`."""
+        call = [sys.executable, str(self.path), "--market", self.market, "--seed", str(self.seed), "--runs-dir", str(folder)]
+        return [*call, *self.flags, *(() if self.script == BASELINES else ("--num-threads", str(threads)))]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How a job is run: tries after the first, seconds for each, CPU threads, and the folder that relative paths start from."""
+
+    retries: int
+    timeout: float
+    threads: int
+    cwd: str
+
+
+class Interrupted(Exception):
+    """The runner is ending: the job stays as it is, for the next start."""
+
 
 def available_scripts() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+    return sorted(path.stem for path in (ROOT / "algos").glob("[!_]*.py"))
+
+
+def markets_of(script: str, args: Args) -> list[str]:
+    """Markets of a script, each once."""
+    own = args.markets or MARKETS.get(script.rpartition("_")[2], (REAL,))[: 2 if args.quick else None]
+    return list(dict.fromkeys([*own, *(PROTOCOL[name] for name in args.protocol)]))
 
 
 def plan(args: Args) -> list[Job]:
-    """Every job of a benchmark, the same for the same arguments."""
-    scripts = args.scripts or (*available_scripts(), BASELINES)
-    jobs, seen = [], []
-    for script in (s for s in scripts if s != BASELINES):
-        markets = MARKETS.get(script.rpartition("_")[2], ("sp500",))
-        for market in args.markets or (markets[:2] if args.quick else markets):
-            steps = ("--total-timesteps", str(args.total_timesteps)) if args.total_timesteps else ()
-            jobs += [Job(script, market, seed, (*terms(args, market), *steps)) for seed in args.seeds]
-            seen += [market] if market not in seen else []
-    if BASELINES in scripts:
-        seen = seen or list(args.markets) or ["sp500"]
-        # on prices that are not drawn from the seed, rules have no seed to differ by
-        jobs += [
-            Job(BASELINES, market, seed, terms(args, market))
-            for market in seen
-            for seed in (args.seeds if drawn_from_seed(market) else args.seeds[:1])
-        ]
-    return jobs
+    """Every job of a benchmark, each once, the same for the same arguments: scripts by name, then the baselines.
+
+    The baselines run wherever a script of the plan does; alone, wherever any script would.
+    """
+    scripts = [script for script in dict.fromkeys(args.scripts) if script != BASELINES]
+    steps = ("--total-timesteps", str(args.total_timesteps)) if args.total_timesteps else ()
+    jobs = [
+        Job(script, market, seed, (*terms, *steps))
+        for script in scripts
+        for market in markets_of(script, args)
+        for terms in terms_on(market, args)
+        for seed in args.seeds
+    ]
+    if BASELINES in args.scripts:
+        for market in dict.fromkeys(m for script in scripts or available_scripts() for m in markets_of(script, args)):
+            drawn = drawn_from_seed(market)
+            known = next((rules for name, rules in QUICK_RULES_OF.items() if market.startswith(name)), ())
+            only = ("--only", *QUICK_RULES, *known) if args.quick and drawn else ()
+            seeds = args.seeds if drawn else args.seeds[:1]  # on one real history rules have no seed to differ by
+            jobs += [Job(BASELINES, market, seed, (*terms, *only)) for terms in terms_on(market, args) for seed in seeds]
+    return list(dict.fromkeys(jobs))
 
 
-def terms(args: Args, market: str) -> tuple[str, ...]:
-    own = any(market.startswith(name) for name in OWN_COSTS)
-    return (() if own else ("--costs", args.costs)) + ("--fill", args.fill)
+def terms_on(market: str, args: Args) -> list[tuple[str, ...]]:
+    """Flags of costs, fill and split there: one tuple for each split to be run."""
+    costs = () if market.startswith(OWN_COSTS) else ("--costs", args.costs)
+    folds = args.folds if not drawn_from_seed(market) else 0
+    splits = [("--folds", str(folds), "--fold", str(fold)) for fold in range(folds)] or [()]
+    return [(*costs, "--fill", args.fill, *split) for split in splits]
 
 
-def code_hash(job: Job) -> str:
-    """Of the script and all of envs/: a run of older code is run again."""
-    rules = [ROOT / "benchmark" / "rules.py"] if job.script == BASELINES else []
-    sources = [job.path, *rules, *sorted((ROOT / "envs").glob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+def code_hash(job: Job, cwd: str) -> str:
+    """Of the script, all of envs/, and the market's files: a run of older code or data is run again."""
+    rules = [ROOT / "benchmark" / name for name in ("rules.py", "replay.py")] if job.script == BASELINES else []
+    market = Path(cwd, job.market)
+    data = [market] if market.is_file() else sorted(path for path in market.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in (job.path, *rules, *sorted((ROOT / "envs").glob("*.py")), *data):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
-def run_job(job: Job, runs_dir: Path, retries: int, timeout: float, threads: int) -> dict:
-    """Run a job unless it has finished before; returns its record, which is also written to job.json."""
-    folder = runs_dir / job.folder
-    record_path, log = folder / "job.json", folder / "log.txt"
-    record = read_json(record_path)
-    code = code_hash(job)
-    if record.get("code") == code and record.get("status") == "finished":
+def run_job(job: Job, runs_dir: Path, limits: Limits, stopping: Callable[[], bool] = lambda: False) -> dict:
+    """Run a job unless it has finished before; returns its record, which is also written to job.json.
+
+    Raises Interrupted, and leaves the job to be gone on with, once `stopping()` holds.
+    """
+    folder, started = runs_dir / job.folder, time.time()
+    stop_leftover(folder)
+    record, code = read_json(folder / "job.json"), code_hash(job, limits.cwd)
+    if record.get("code") == code and record.get("status") == "finished" and complaint(folder) is None:
         return record | {"skipped": True}
     if record.get("code") != code:  # never continue a run of other code
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     record = {"job": asdict(job), "code": code, "status": "running", "attempts": 0}
-    ledger.write_json(record_path, record)
-    started = time.time()
-    for _ in range(retries + 1):
+    ledger.write_json(folder / "job.json", record)
+    while record["attempts"] <= limits.retries:
+        if stopping():
+            raise Interrupted
         record["attempts"] += 1
-        failure = attempt(job, folder, log, timeout, threads)
+        failure = attempt(job, folder, limits, stopping)
         if failure is None:
             break
-    record |= {"status": "finished" if failure is None else "failed", "failure": failure, "seconds": time.time() - started}
-    for run in run_dirs(folder) or [mark_failed(job, folder)]:
-        shutil.copy(log, run / "log.txt")
-        content = read_json(run / "run.json")
-        if failure is not None and content.get("status") != "finished":
-            ledger.write_json(run / "run.json", content | {"status": "failed", "failure": content.get("failure") or failure})
-    ledger.write_json(record_path, record)
+    record |= {"status": "failed" if failure else "finished", "failure": failure, "seconds": time.time() - started}
+    if failure:
+        mark_failed(job, folder, failure)
+    ledger.write_json(folder / "job.json", record)
     return record
 
 
-def attempt(job: Job, folder: Path, log: Path, timeout: float, threads: int) -> str | None:
-    """One try; None, or why it failed. It goes on from a checkpoint where there is one."""
-    stop_leftover(folder)
-    command = [sys.executable, str(job.path), "--market", job.market, "--seed", str(job.seed), "--runs-dir", str(folder)]
-    command += job.flags
-    if job.script != BASELINES:
-        command += ["--num-threads", str(threads)]
-        unfinished = [run for run in run_dirs(folder) if (run / "model.pt").is_file()]
-        for run in run_dirs(folder):
-            if run not in unfinished[-1:]:
-                shutil.rmtree(run)
-        if unfinished:
-            command = [sys.executable, str(job.path), "--resume", str(unfinished[-1])]
-    else:
-        for run in run_dirs(folder):
+def attempt(job: Job, folder: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
+    """One try; None, or in one line why it failed. It goes on from a checkpoint where there is one."""
+    checkpoints = [] if job.script == BASELINES else [run for run in run_dirs(folder) if (run / "model.pt").is_file()]
+    for run in run_dirs(folder):
+        if run not in checkpoints[-1:]:
             shutil.rmtree(run)
+    command = job.command(folder, limits.threads)
+    if checkpoints:
+        command, model = [*command[:2], "--resume", str(checkpoints[-1])], checkpoints[-1] / "model.pt"
+        saved = model.stat().st_mtime_ns
+    failure = run_process(command, folder, limits, stopping) or complaint(folder)
+    if failure and checkpoints and model.is_file() and model.stat().st_mtime_ns == saved:
+        model.unlink()  # it leads nowhere: the next try starts afresh
+    return failure
+
+
+def run_process(command: list[str], folder: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
+    """Run it to its end, its output into log.txt; None, or why it failed. Whatever ends this call ends its processes too."""
+    log = folder / "log.txt"
+    env = os.environ | {"PYTHONPATH": python_path(ROOT)}  # the envs/ whose code was hashed
     with log.open("a") as out:
-        out.write(f"$ {' '.join(command)}\n")
+        out.write(f"$ {shlex.join(command)}\n")
         out.flush()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=limits.cwd, env=env, stdin=subprocess.DEVNULL, stdout=out,
+            stderr=subprocess.STDOUT, start_new_session=True,  # a group of its own: Ctrl-C reaches the runner alone
+        )  # fmt: skip
+    try:
         (folder / "pid").write_text(str(process.pid))
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return f"not finished after {timeout:g} seconds"
-        finally:
-            process.kill()
-            process.wait()
-            (folder / "pid").unlink()
-    if code:
-        return f"exit code {code}: {last_lines(log)}"
-    if not run_dirs(folder):
-        return "left no run directory"
-    return None
+        deadline = time.monotonic() + limits.timeout
+        while (code := process.poll()) is None:
+            if stopping():
+                raise Interrupted
+            if time.monotonic() > deadline:
+                return f"not finished after {limits.timeout:g} seconds"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(0.5, max(0.0, deadline - time.monotonic())))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        (folder / "pid").unlink(missing_ok=True)
+    return f"exit code {code}: {last_lines(log, 1)}" if code else None
+
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH with these folders first."""
+    return os.pathsep.join(filter(None, (*map(str, folders), os.environ.get("PYTHONPATH"))))
+
+
+def complaint(folder: Path) -> str | None:
+    """What is wrong with the run directories of a job; None where all can be ranked."""
+    runs = run_dirs(folder)
+    return next((f"{run.name}: {found}" for run in runs if (found := fault(run))), None) if runs else "left no run directory"
+
+
+def fault(path: Path) -> str | None:
+    """Why the scoreboard would not rank a run directory."""
+    run = rundirs.read(path)
+    if run.reason is None and "panel" not in run.content:
+        return "run.json holds no panel"
+    if run.reason is None:
+        rundirs.load(run)
+    return run.reason
+
+
+def mark_failed(job: Job, folder: Path, failure: str):
+    """Make sure that the scoreboard shows a failure with its log: in the run directory that is at fault, or in a new one.
+
+    A job of the baselines has one run directory per rule; those that are whole count.
+    """
+    known = {"script": job.path.name, "args": {"exp_name": job.script, "seed": job.seed, "market": job.market}}
+    faulty = [run for run in run_dirs(folder) if job.script != BASELINES or fault(run)]
+    if not faulty:
+        faulty = [folder / f"failed__{job.script}__{job.seed}__{int(time.time())}"]
+        faulty[0].mkdir()
+    for run in faulty:
+        content = known | read_json(run / "run.json")
+        ledger.write_json(run / "run.json", content | {"status": "failed", "failure": content.get("failure") or failure})
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(folder / "log.txt", run / "log.txt")
 
 
 def stop_leftover(folder: Path):
-    """A runner that was killed leaves its processes behind; end the one that still writes to this folder."""
+    """A runner that was killed outright leaves its processes behind; end the one that still writes to this folder.
+
+    Needs /proc, to tell it from a process that has its number now.
+    """
     with contextlib.suppress(OSError, ValueError):
         pid = int((folder / "pid").read_text())
-        if str(folder) in Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"):
-            os.kill(pid, signal.SIGKILL)
+        while any(Path(part).is_relative_to(folder) for part in Path(f"/proc/{pid}/cmdline").read_text().split("\0")):
+            os.killpg(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def run_dirs(folder: Path) -> list[Path]:
-    return sorted((path.parent for path in folder.glob("*/run.json")), key=lambda path: path.stat().st_mtime)
-
-
-def mark_failed(job: Job, folder: Path) -> Path:
-    """A run directory for a process that died before it made one, so that the scoreboard can show it."""
-    run = folder / f"failed__{job.script}__{job.seed}__{int(time.time())}"
-    run.mkdir()
-    args = {"exp_name": job.script, "seed": job.seed, "market": job.market}
-    ledger.write_json(run / "run.json", {"status": "failed", "script": job.path.name, "args": args})
-    return run
+    """Run directories of a job, oldest first."""
+    return sorted(folder.glob("*/"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def last_lines(log: Path, lines: int = LOG_LINES) -> str:
@@ -225,57 +349,127 @@ def last_lines(log: Path, lines: int = LOG_LINES) -> str:
 
 
 def read_json(path: Path) -> dict:
+    """{} where there is none that can be read."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextlib.contextmanager
+def locked(runs_dir: Path) -> Iterator[None]:
+    """Keep other runners out of a folder. The system lets go of the lock of a process that dies. Exits where it is taken."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    with (runs_dir / "runner.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            sys.exit(f"--runs-dir {runs_dir}: process {file.read().strip()} runs there; expected a folder without a runner")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def limits_of(args: Args) -> tuple[Limits, int]:
+    """What every job gets, and how many run at once."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = args.workers or (cores if args.quick else max(1, cores // 2))
+    return Limits(args.retries, args.timeout, max(1, cores // workers), os.getcwd()), workers
+
+
+def local_results(args: Args, jobs: list[Job], limits: Limits, workers: int) -> Iterator[tuple[Job, Callable[[], dict]]]:
+    """(job, its result) as each one ends, `workers` at once in this machine's processes."""
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = {pool.submit(run_job, job, args.runs_dir, limits, stop.is_set): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def ray_results(args: Args, jobs: list[Job], limits: Limits) -> Iterator[tuple[Job, Callable[[], dict]]]:
+    """(job, its result) as each one ends, on a Ray cluster, as many at once as it has room for."""
+    import ray  # a cluster is optional: pip install ray
+
+    env = {"PYTHONPATH": python_path(ROOT, ROOT / "benchmark")}  # where run_job's imports are
+    ray.init(address=args.ray_address, runtime_env={"env_vars": env})
+    end_on_signals()  # Ray has set handlers of its own
+    try:
+        remote = ray.remote(num_cpus=limits.threads, max_retries=0)(run_job)  # run_job has retries of its own
+        waiting = {remote.remote(job, args.runs_dir, limits): job for job in jobs}
+        try:
+            while waiting:
+                done, _ = ray.wait(list(waiting), num_returns=1)
+                yield waiting.pop(done[0]), lambda ref=done[0]: ray.get(ref)
+        finally:
+            for ref in waiting:
+                ray.cancel(ref)  # raises KeyboardInterrupt in run_job, which ends its process
+            if waiting:
+                ray.wait(list(waiting), num_returns=len(waiting), timeout=10)
+    finally:
+        ray.shutdown()
 
 
 def execute(args: Args, jobs: list[Job]) -> list[dict]:
-    """All jobs, some at once; prints a line as each one ends. The order of the records is that of the jobs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = args.workers or max(1, cores // 2)
-    options = (args.runs_dir, args.retries, args.timeout, max(1, cores // workers))
+    """All jobs; prints a line as each one ends, and the end of the log of what failed. Records in the order of the jobs."""
+    limits, workers = limits_of(args)
+    results = local_results(args, jobs, limits, workers) if args.ray_address is None else ray_results(args, jobs, limits)
     records: dict[Job, dict] = {}
     started = time.time()
-
-    def report(job, record):
-        records[job] = record
-        state = "skipped (finished before)" if record.get("skipped") else f"{record['status']} in {record['seconds']:.0f} s"
-        print(f"[{len(records)}/{len(jobs)}, {time.time() - started:.0f} s] {job.folder}: {state}", flush=True)
-        if record["status"] == "failed":
-            print("    " + record["failure"].replace("\n", "\n    "), flush=True)
-
-    if args.ray_address is not None:
-        import ray  # a cluster is optional: pip install ray
-
-        ray.init(address=args.ray_address, runtime_env={"working_dir": None})
-        remote = ray.remote(num_cpus=options[-1])(run_job)
-        waiting = {remote.remote(job, *options): job for job in jobs}
-        while waiting:
-            (done,), _ = ray.wait(list(waiting))
-            report(waiting.pop(done), ray.get(done))
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            futures = {pool.submit(run_job, job, *options): job for job in jobs}
-            for future in as_completed(futures):
-                report(futures[future], future.result())
+    with contextlib.closing(results):
+        for job, result in results:
+            folder = args.runs_dir / job.folder
+            try:
+                record = result()
+            except Exception as error:  # of the runner, the disk or the cluster: a red row like any other
+                failure = " ".join(f"{type(error).__name__}: {error}".split())
+                folder.mkdir(exist_ok=True)
+                mark_failed(job, folder, failure)
+                record = {"status": "failed", "failure": failure, "seconds": 0.0}
+            records[job] = record
+            spent, ran = time.time() - started, sum(not r.get("skipped") for r in records.values())
+            left = f", {spent / ran * (len(jobs) - len(records)) / 60:.0f} min left" if ran else ""
+            state = "skipped, finished before" if record.get("skipped") else f"{record['status']} in {record['seconds']:.0f} s"
+            print(f"[{len(records)}/{len(jobs)}, {spent / 60:.1f} min{left}] {job.folder}: {state}", flush=True)
+            if record["status"] == "failed":
+                log = last_lines(folder / "log.txt") if (folder / "log.txt").is_file() else ""
+                print("\n    ".join([f"    {record['failure']}", *log.splitlines()]), flush=True)
     return [records[job] for job in jobs]
 
 
+def end_on_signals():
+    """Let a request to end raise KeyboardInterrupt, as Ctrl-C does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+
+
 def main(args: Args) -> int:
-    args.runs_dir = args.runs_dir.resolve()
-    args.runs_dir.mkdir(parents=True, exist_ok=True)
     jobs = plan(args)
-    print(f"{len(jobs)} runs in {args.runs_dir}", flush=True)
-    records = execute(args, jobs)
-    folders = [str(args.runs_dir / job.folder) for job in jobs]
-    scoreboard = [sys.executable, str(ROOT / "benchmark" / "scoreboard.py"), *folders, "--out", str(args.out)]
-    board = subprocess.run(scoreboard, cwd=ROOT).returncode
+    if args.dry_run:
+        for job in jobs:
+            print(shlex.join(job.command(args.runs_dir / job.folder, limits_of(args)[0].threads)))
+        return 0
+    with locked(args.runs_dir):
+        print(f"{len(jobs)} runs in {args.runs_dir}", flush=True)
+        records = execute(args, jobs)
+        folders = [str(args.runs_dir / job.folder) for job in jobs]
+        scoreboard = [sys.executable, str(ROOT / "benchmark" / "scoreboard.py"), *folders, "--out", str(args.out)]
+        board = subprocess.run(scoreboard).returncode
     failed = [record for record in records if record["status"] != "finished"]
     print(f"{len(records) - len(failed)} of {len(records)} runs finished; scoreboard in {args.out}")
     return 1 if failed or board else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    end_on_signals()
+    try:
+        sys.exit(main(tyro.cli(Args, description=__doc__)))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
