@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
+import metrics
 import numpy as np
 import pandas as pd
 import pytest
@@ -493,30 +494,34 @@ setTimeout(() => {
 """
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_page_in_a_browser(evil_page, tmp_path, width):
+def browse(html: str, probe: str, folder: Path, width: int) -> dict:
+    """What `probe` posts from the page in headless Chromium, `width` pixels wide; no error may be logged."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium")
-    html = evil_page.read_text().replace(
-        "<head>", "<head><script>addEventListener('error', e => said.push(e.message));</script>", 1
-    )
-    (tmp_path / "page.html").write_text(html.replace("</body>", PROBE + "</body>"))
-    (tmp_path / "frame.html").write_text(
+    html = html.replace("<head>", "<head><script>addEventListener('error', e => said.push(e.message));</script>", 1)
+    (folder / "page.html").write_text(html.replace("</body>", probe + "</body>"))
+    (folder / "frame.html").write_text(
         f"<iframe src=page.html width={width} height=900 style='border:0'></iframe><pre id=out></pre>"
         "<script>onmessage = e => document.getElementById('out').textContent = encodeURIComponent(e.data)</script>"
     )
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=5000 --dump-dom"
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    profile = f"--user-data-dir={folder / 'profile'}"
     done = subprocess.run(
-        [browser, *flags.split(), profile, (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=120
+        [browser, *flags.split(), profile, (folder / "frame.html").as_uri()], capture_output=True, text=True, timeout=120
     )
-
     found = re.search(r"<pre id=\"out\">(.+?)</pre>", done.stdout)
     assert found, done.stderr[-2000:]
     state = json.loads(unquote(found.group(1)))
     assert state["errors"] == [] and "CONSOLE" not in done.stderr, done.stderr[-2000:]
+    assert state["width"] == width and state["wide"] <= width, "the page scrolls sideways"
+    return state
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_in_a_browser(evil_page, tmp_path, width):
+    state = browse(evil_page.read_text(), PROBE, tmp_path, width)
     rows = json.loads((evil_page.parent / "scoreboard.json").read_text())["groups"][0]["rows"]
     by_growth = [row["name"] for row in sorted(rows, key=lambda row: -row["growth"]["value"])]
     assert state["start"] == [row["name"] for row in rows]
@@ -528,4 +533,72 @@ def test_page_in_a_browser(evil_page, tmp_path, width):
     assert "Sharpe" in state["pair"] and state["pair"] != state["reverse"]
     assert EVIL in json.loads(json.dumps(state["manifest"])).replace('\\"', '"')
     assert state["theme"] in ("dark", "light") and state["pwned"] == "no" and state["images"] == 0
-    assert state["width"] == width and state["wide"] <= width, "the page scrolls sideways"
+
+
+STRESS_PROBE = """
+<script>
+const said = [], state = {};
+setTimeout(() => {
+  const heads = [...document.querySelector("#group-0 table").querySelectorAll("th[scope=col]")];
+  const seen = () => heads.filter(h => getComputedStyle(h).display !== "none").map(h => h.textContent);
+  const all = [...document.querySelectorAll("#group-0 button")].find(b => b.textContent === "All scores");
+  state.few = seen(); all.click();
+  state.many = seen(); state.pressed = all.getAttribute("aria-pressed"); all.click();
+  state.again = seen();
+  state.bars = [...document.querySelectorAll("#group-0 svg rect title")].map(t => t.textContent);
+  const section = [...document.querySelectorAll("section")].find(s => s.textContent.startsWith("Cost sensitivity"));
+  state.costs = section.textContent; state.dots = section.querySelectorAll("circle").length;
+  state.width = innerWidth; state.wide = document.documentElement.scrollWidth;
+  state.errors = said; parent.postMessage(JSON.stringify(state), "*");
+}, 300);
+</script>
+"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_stress_in_a_browser(tmp_path, monkeypatch, width):
+    """All scores on demand; regimes as bars; cost sensitivity as a section of its own."""
+    for name in ("ppo", EVIL):
+        make_run(tmp_path / "runs", name, frame=make_ledger(len(name)))
+    score = {"value": 1.0, "low": 0.5, "high": 1.5}
+    both = {"ppo": score, EVIL: score | {"value": -2.0, "low": float("nan")}}
+    stressed = {
+        "sensitivity": {name: [{"multiple": m, **value} for m in (0, 1, 5)] for name, value in both.items()},
+        "late": both, "regimes": {"sharpe": {"bull": both, "crisis": both}}, "notes": ["replayed"],
+    }  # fmt: skip
+    monkeypatch.setattr(board, "stress", lambda *_: stressed)
+    found = board.assemble(board.Args(runs=(tmp_path / "runs",), resamples=20))
+    state = browse(board.page(found), STRESS_PROBE, tmp_path, width)
+    labels = [column["label"] for column in found["columns"]]
+    main = [column["label"] for column in found["columns"] if not column.get("more")]
+    assert state["few"] == state["again"] == ["algorithm", *main] and state["many"] == ["algorithm", *labels]
+    assert state["pressed"] == "true" and "Sortino" in labels and "Sortino" not in main and "1 bar late" in main
+    assert len(state["bars"]) == 4 and "ppo, bull: 1.00 (0.50 to 1.50)" in state["bars"]
+    assert "the same orders, replayed" in state["costs"] and EVIL in state["costs"] and state["dots"] == 6
+    text = board.markdown(found)
+    assert "1.00 [0.50, 1.50]" in text and "- replayed" in text
+
+
+def test_every_score_is_in_the_json(tmp_path):
+    """Those of metrics, mean over seeds; against buy-and-hold on the same panel where that was run."""
+    frames = [make_ledger(1), make_ledger(2)]
+    for seed, frame in enumerate(frames, 1):
+        make_run(tmp_path, "ppo", seed, frame)
+    market = make_ledger(3)
+    make_run(tmp_path, "baseline-buy-and-hold", 1, market)
+    found = assemble(tmp_path)
+    assert {column["key"] for column in found["columns"]} >= set(metrics.SCORES)
+    row = next(row for row in found["groups"][0]["rows"] if row["name"] == "ppo")
+    against = test_part(market)["net_return"].to_numpy()
+    tables = [metrics.table(test_part(frame), PER_YEAR, against) for frame in frames]
+    for key in ("sortino", "cvar", "beta", "information_ratio", "drawdown_duration", "profit_factor"):
+        assert row[key] == pytest.approx(np.mean([scores[key] for scores in tables]), rel=1e-9)
+    group = found["groups"][0]
+    assert group["selection"]["spa"] is not None and group["selection"]["pbo"] is not None and group["trials"] == 3
+    assert (
+        0 <= row["dsr"] <= row["psr"] <= 1 and row["better"] is None and "P(better) is missing" in " ".join(group["warnings"])
+    )
+    make_run(tmp_path, "baseline-equal-weight", 1, make_ledger(5, -0.01), trials=50)
+    group = assemble(tmp_path)["groups"][0]
+    better = {row["name"]: row["better"] for row in group["rows"]}
+    assert better["ppo"] > 0.95 and better["baseline-equal-weight"] is None and group["trials"] == 53
