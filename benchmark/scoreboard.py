@@ -6,7 +6,10 @@ and costs are ranked together; the others get tables of their own, or with --str
 """
 
 import json
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ from rundirs import Run, common_bars, differing, find, group, latest, load, name
 from envs import ledger
 from envs.costs import Costs
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TEMPLATE = Path(__file__).with_name("scoreboard.html")
 COLUMNS = [
     dict(key="sharpe", label="Sharpe", kind="number", help="annualised, net of costs, mean over seeds; 95% interval"),
@@ -67,6 +71,8 @@ class Args:
     """the same orders at other costs, one bar late, and by regime, where the panel can be loaded again"""
     learning: bool = True
     """learning curves from TensorBoard events"""
+    picture: bool = False
+    """also scoreboard.png, the top of the page, by a Chromium that is installed"""
 
 
 def failed_row(run: Run) -> dict:
@@ -411,6 +417,19 @@ def assemble(args: Args) -> dict:
     }
 
 
+def take_picture(html: Path, png: Path):
+    """Screenshot of the top of a page. Exits where there is no Chromium, or it fails."""
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        sys.exit(f"--picture: none of {' '.join(BROWSERS)} is installed")
+    with tempfile.TemporaryDirectory() as profile:
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000"]
+        flags += ["--window-size=1280,1500", f"--user-data-dir={profile}", f"--screenshot={png.resolve()}"]
+        done = subprocess.run([browser, *flags, html.resolve().as_uri()], capture_output=True, text=True, timeout=120)
+    if done.returncode or not png.is_file():
+        sys.exit(f"--picture: {browser} failed: {done.stderr[-300:]}")
+
+
 def main(args: Args) -> int:
     if args.compare:
         return compare(args)
@@ -419,6 +438,8 @@ def main(args: Args) -> int:
     ledger.write_json(args.out / "scoreboard.json", board)
     (args.out / "scoreboard.md").write_text(markdown(board), encoding="utf-8")
     (args.out / "scoreboard.html").write_text(page(board), encoding="utf-8")
+    if args.picture:
+        take_picture(args.out / "scoreboard.html", args.out / "scoreboard.png")
     for line in board["banner"]:
         print(line)
     print(f"{len(board['groups'])} tables, {sum(len(g['rows']) for g in board['groups'])} rows: {args.out / 'scoreboard.html'}")

@@ -496,9 +496,9 @@ setTimeout(() => {
 
 def browse(html: str, probe: str, folder: Path, width: int) -> dict:
     """What `probe` posts from the page in headless Chromium, `width` pixels wide; no error may be logged."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    browser = next((found for name in board.BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
-        pytest.skip("no chromium")
+        pytest.skip("no Chromium")
     html = html.replace("<head>", "<head><script>addEventListener('error', e => said.push(e.message));</script>", 1)
     (folder / "page.html").write_text(html.replace("</body>", probe + "</body>"))
     (folder / "frame.html").write_text(
@@ -533,6 +533,17 @@ def test_page_in_a_browser(evil_page, tmp_path, width):
     assert "Sharpe" in state["pair"] and state["pair"] != state["reverse"]
     assert EVIL in json.loads(json.dumps(state["manifest"])).replace('\\"', '"')
     assert state["theme"] in ("dark", "light") and state["pwned"] == "no" and state["images"] == 0
+
+
+def test_a_picture_of_the_page(tmp_path, monkeypatch):
+    make_run(tmp_path / "runs")
+    args = board.Args(runs=(tmp_path / "runs",), out=tmp_path / "out", resamples=20, replays=False, picture=True)
+    if any(shutil.which(name) for name in board.BROWSERS):
+        board.main(args)
+        assert (tmp_path / "out" / "scoreboard.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(board, "BROWSERS", ("no-browser",))
+    with pytest.raises(SystemExit, match="--picture: none of no-browser"):
+        board.main(args)
 
 
 STRESS_PROBE = """
