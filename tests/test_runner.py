@@ -46,7 +46,7 @@ with starts.open("a") as file:
     file.write(f"resume {saved['iteration']}\\n" if saved else "start\\n")
 modes = json.loads((tree / "modes.json").read_text()).get(key, ["fine"])
 mode = modes[min(len(starts.read_text().splitlines()), len(modes)) - 1]
-print(f"{key}: {mode}\nin {Path.cwd()} with {os.environ['PYTHONPATH']}", flush=True)
+print(f"{key}: {mode}\\nin {Path.cwd()} with {os.environ['PYTHONPATH']}", flush=True)
 
 
 def begin(name):
