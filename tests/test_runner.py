@@ -46,7 +46,7 @@ with starts.open("a") as file:
     file.write(f"resume {saved['iteration']}\\n" if saved else "start\\n")
 modes = json.loads((tree / "modes.json").read_text()).get(key, ["fine"])
 mode = modes[min(len(starts.read_text().splitlines()), len(modes)) - 1]
-print(f"{key}: {mode}", flush=True)
+print(f"{key}: {mode}\\nin {Path.cwd()} with {os.environ['PYTHONPATH']}", flush=True)
 
 
 def begin(name):
@@ -423,6 +423,15 @@ def test_finished_runs_are_skipped_until_something_changes(tree, capsys):
     assert len(tree.results()) == 1
 
 
+def test_relative_paths_are_those_of_the_user_and_the_code_is_that_of_the_tree(tree, tmp_path, monkeypatch):
+    tree.no_board()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    assert tree.run(seeds=(1,)) == 0
+    (log,) = tree.runs.glob("*/log.txt")
+    assert f"in {tmp_path} with {tree.root}{os.pathsep}mine\n" in log.read_text()
+
+
 def test_baselines_run_again_when_their_rules_change(tree):
     tree.no_board()
     options = dict(scripts=("baselines",), seeds=(1,))
@@ -606,7 +615,7 @@ def test_jobs_that_wait_do_not_start_after_an_interrupt(tree):
     tree.hanging(1)
     process.terminate()
     process.communicate(timeout=20)
-    assert process.returncode == 130 and tree.starts(2) == [] and tree.starts(1) == ["start"]
+    assert process.returncode == 130 and tree.starts(2) == [] and tree.starts(1) == ["start"] and list(tree.records()) == [1]
 
 
 def test_another_process_with_the_number_of_an_orphan_is_left_alone(tree):
@@ -725,7 +734,7 @@ case "$1 $2" in
     "-c "*) [ -e "$0.ready" ] ;;
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m pip") [ -f requirements.txt ] && touch "$0.ready" ;;
-    *) echo "path $PYTHONPATH"; shift; printf '<%s>' "$@" ;;
+    *) echo "in $PWD with $PYTHONPATH"; shift; printf '<%s>' "$@" ;;
 esac
 """
 
@@ -743,7 +752,7 @@ def test_run_all_makes_an_environment_once_and_only_where_needed(tree, tmp_path)
         done = subprocess.run(
             [script, "--quick", "a b"], cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, check=True
         )
-        assert done.stdout == f"path {tree.root}:mine\n<--quick><a b>"
+        assert done.stdout == f"in {tmp_path} with {tree.root}:mine\n<--quick><a b>"
         calls = log.read_text()
         assert f"{tree.root}/benchmark/runner.py --quick a b" in calls
         return calls
