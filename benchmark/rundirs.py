@@ -35,6 +35,7 @@ class Run:
     log: str = ""
     ledger: pd.DataFrame | None = None  # the test split
     name: str = ""
+    folds: tuple["Run", ...] = ()  # of a walk-forward run, in order of time
 
     @property
     def seed(self) -> int:
@@ -174,6 +175,38 @@ def _checked(run: Run) -> pd.DataFrame:
         if not np.allclose(equity[alive], made[alive], rtol=1e-6, atol=1e-9):
             raise ValueError(f"ledger.parquet: equity of market {market} does not follow from its net returns")
     return frame
+
+
+def join_folds(runs: list[Run]) -> list[Run]:
+    """Walk-forward runs whose folds are all there become one run each, its test split those of the folds, one after another.
+
+    What is joined has the same arguments but `fold`, panel, costs and fill; of a fold that was run twice the latest counts.
+    Every fold starts in cash. Where a fold failed or is missing, the others stay runs of their own.
+    """
+    families: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.reason is None and run.content["args"].get("folds"):
+            apart = {k: v for k, v in run.content["args"].items() if k not in ("fold", "runs_dir", "resume", "num_threads")}
+            same = [apart, run.panel, run.content["market"], run.content.get("script_sha256")]
+            families.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+    joined = []
+    for members in families.values():
+        newest = {run.content["args"]["fold"]: run for run in sorted(members, key=lambda run: run.stamp)}
+        parts = tuple(newest[fold] for fold in sorted(newest))
+        if len(parts) == members[0].content["args"]["folds"]:
+            joined.append(_joined(parts))
+            runs = [run for run in runs if run not in parts]
+    return [*runs, *joined]
+
+
+def _joined(parts: tuple[Run, ...]) -> Run:
+    frame = pd.concat([run.ledger for run in parts], ignore_index=True)
+    frame["equity"] = np.exp(np.cumsum(growth(frame)))
+    content = parts[0].content
+    splits = [run.content["panel"]["splits"] for run in parts]
+    whole = {"start": splits[0]["test"]["start"], "end": splits[-1]["test"]["end"]}
+    panel = content["panel"] | {"splits": {"test": whole, "folds": splits}}
+    return Run(parts[0].path, content | {"panel": panel}, ledger=frame, folds=parts)
 
 
 def terms(run: Run) -> dict[str, object]:

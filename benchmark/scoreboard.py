@@ -22,7 +22,7 @@ from curves import cost_sensitivity, curves, learning_curves
 from inference import BUY_AND_HOLD, FORESIGHT, Selection
 from paired import Draws
 from replay import stress
-from rundirs import Run, common_bars, differing, find, group, latest, load, name_rows
+from rundirs import Run, common_bars, differing, find, group, join_folds, latest, load, name_rows
 
 from envs import ledger
 from envs.costs import Costs
@@ -109,6 +109,7 @@ def build(shared: dict, runs: list[Run], failed: list[Run], args: Args) -> dict:
     facts = [
         f"panel {panels[0][:12]}" if len(panels) == 1 else f"{len(panels)} panels, one per seed",
         f"test split {test['start'][:10]} to {test['end'][:10]}, {len(runs[0].ledger):,} bars a run",
+        *([f"{len(runs[0].folds)} walk-forward folds"] if runs[0].folds else []),
         f"fill {first['market']['fill']}",
         f"costs {costs.describe()}",
     ]
@@ -157,7 +158,9 @@ def build(shared: dict, runs: list[Run], failed: list[Run], args: Args) -> dict:
         "learning": learning_curves(rows) if args.learning else {},
         "regimes": stressed.get("regimes", {}),
         "sensitivity": stressed.get("sensitivity", {}),
-        "manifests": [{"path": str(run.path), "run": run.content} for run in [*runs, *repeats, *failed]],
+        "manifests": [
+            {"path": str(part.path), "run": part.content} for run in [*runs, *repeats, *failed] for part in run.folds or (run,)
+        ],
     }
 
 
@@ -289,6 +292,7 @@ def sort_out(runs: list[Run]) -> tuple[list[tuple[dict, list[Run], list[Run]]], 
     for run in placed:
         if run.reason is None and run.ledger is None:
             load(run)
+    placed = join_folds(placed)
     groups = [
         (shared, [run for run in members if run.reason is None], [run for run in members if run.reason is not None])
         for shared, members in group(placed)

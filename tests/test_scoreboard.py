@@ -362,6 +362,40 @@ def test_rows_that_start_later_are_compared_on_common_bars(tmp_path):
     assert any("from 300 to 400" in line for line in group["warnings"])
 
 
+def fold_runs(root: Path, name="ppo", folds=3, seed=1, mean=0.0005, **content) -> list[Path]:
+    """A run directory for each walk-forward fold, their test splits one after another."""
+    paths = []
+    for fold in range(folds):
+        frame = make_ledger(10 * seed + fold, mean)
+        frame["timestamp"] += pd.Timedelta(days=BARS * fold)
+        args = {"folds": folds, "fold": fold, "runs_dir": f"job {fold}"}
+        paths.append(make_run(root, name, seed, frame, args=args, **content))
+        start = frame["timestamp"].min().isoformat()
+        change(paths[-1], lambda run, start=start: run["panel"]["splits"]["test"].update(start=start))
+    return paths
+
+
+def test_walk_forward_folds_are_one_row(tmp_path):
+    paths = fold_runs(tmp_path) + fold_runs(tmp_path, seed=2) + fold_runs(tmp_path, "sac", mean=-0.01)
+    (group,) = assemble(tmp_path)["groups"]
+    assert [(row["name"], row["seeds"]) for row in group["rows"]] == [("ppo", 2), ("sac", 1)]
+    assert "3 walk-forward folds" in group["facts"] and f"{3 * BARS:,} bars a run" in group["facts"]
+    assert "test split 2020-01-02 to " in group["facts"]
+    expected = [np.concatenate([test_part(make_ledger(10 * seed + k))["net_return"] for k in range(3)]) for seed in (1, 2)]
+    sharpe = np.mean([ledger.sharpe(x, PER_YEAR) for x in expected])
+    assert group["rows"][0]["sharpe"]["value"] == pytest.approx(sharpe, rel=1e-9)
+    assert len(group["manifests"]) == len(paths) and group["trials"] == 3
+    # a fold that was run again: the latest counts; one that is missing: the others stay apart
+    again = make_run(tmp_path, "sac", 1, make_ledger(77), args={"folds": 3, "fold": 0, "runs_dir": "again"})
+    assert all(len(group["rows"]) <= 2 for group in assemble(tmp_path)["groups"])
+    shutil.rmtree(again)
+    shutil.rmtree(paths[-1])
+    boards = assemble(tmp_path)["groups"]
+    assert [[row["name"] for row in group["rows"]] for group in boards] == [["ppo"], ["sac"], ["sac"]]
+    change(paths[1], lambda run: run.update(status="failed", failure="crash"))
+    assert sum(len(group["failed"]) for group in assemble(tmp_path)["groups"]) + len(assemble(tmp_path)["unplaced"]) == 1
+
+
 def test_curves_end_where_the_ledgers_end(tmp_path):
     frames = {seed: make_ledger(seed, bars=600) for seed in (1, 2, 3)}
     for seed, frame in frames.items():
