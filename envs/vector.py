@@ -8,13 +8,12 @@ Autoreset is SAME_STEP: where an episode ends, `step` returns the first observat
 over), so bootstrapping from `final_obs` decides results; `terminated` means ruin.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
-from numba import njit, set_num_threads
+from numba import config, njit, set_num_threads
 
 from envs.costs import RECORD
 from envs.panel import Panel, Split
@@ -144,7 +143,7 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         self.single_action_space = action_space
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(action_space, num_envs)
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        available = config.NUMBA_NUM_THREADS  # the cores of this process, unless the user says fewer
         self.num_threads = min(num_threads or available, available)
         # Which of the two equal loops runs; with many markets the parallel one on one thread too: inside a prange body
         # arrays are not reference-counted.

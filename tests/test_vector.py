@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import assert_same_bits, assert_same_rollout, make_env, random_actions, rollout
+from conftest import SMALL, assert_same_bits, assert_same_rollout, make_env, random_actions, rollout, run_python
 
 from envs.leadlag import LeadLagEnv
 from envs.leadlag_tables import LeadLagData
@@ -155,3 +155,15 @@ def test_state_round_trip_goes_on_bit_for_bit(market):
     for log in (expected, found):
         log["seen_obs"] = log["seen_obs"][1:]  # the caller keeps the observation it already has
     assert_same_rollout(found, expected)
+
+
+def test_no_more_threads_than_numba_was_given():
+    code = (
+        "import envs, gymnasium as gym\n"
+        f"markets = gym.make_vec('LeadLag-v0', num_envs=64, data={SMALL!r}, num_threads=2)\n"
+        "markets.reset(seed=0)\n"
+        "markets.step(markets.action_space.sample())\n"
+        "print(markets.unwrapped.num_threads)"
+    )
+    done = run_python("-c", code, NUMBA_NUM_THREADS="1")
+    assert done.stdout.strip() == "1", done.stderr
