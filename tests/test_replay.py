@@ -133,7 +133,7 @@ def test_costs_scale_and_nothing_else_does(name, replayed):
     paid = cost[1] > 1e-9
     for scale, found in ((2, cost[2]), (5, cost[3])):  # to first order: what is left to trade shrinks with what was paid
         np.testing.assert_allclose(found[paid], scale * cost[1][paid], rtol=0.02 * scale)
-        np.testing.assert_allclose(found.sum(), scale * cost[1].sum(), rtol=0.002 * scale)
+        np.testing.assert_allclose(found.sum(), scale * cost[1].sum(), rtol=0.005 * scale)
 
 
 @pytest.mark.parametrize("name", KINDS)
