@@ -27,6 +27,7 @@ SPLIT = ("folds", "fold", "train_fraction", "val_fraction", "embargo")
 TREND_BARS, TREND = 60, 0.5  # bars of the market's trend, and standard deviations from which on it is a bull or bear market
 CALM, CRISIS = 0.5, 0.9  # quantiles of volatility below and above which a bar is calm, or a crisis; choppy in between
 WINDOW, HARDEST = 63, 0.2  # bars of a window of the test split; share of the windows that count as hardest
+FEWEST = 20  # bars of a regime on every panel, below which it has no score
 REGIMES = ("bull", "sideways", "bear", "calm", "choppy", "crisis", "hardest")
 
 
@@ -43,7 +44,7 @@ def load(run: Run) -> tuple[Panel, Split]:
 @lru_cache(maxsize=2)  # rows of a group come seed by seed
 def _load(market: str, seed: int, options: str) -> tuple[Panel, Split]:
     given = json.loads(options)
-    panel = load_market(market, seed, **{key: given[key] for key in SELECTION if given[key]})
+    panel = load_market(market, seed, **{key: given[key] for key in SELECTION if given[key] not in (None, [])})
     if given["folds"]:
         folds = panel.walk_forward(given["folds"], val_fraction=given["val_fraction"], embargo=given["embargo"])
         return panel, folds[given["fold"]]["test"]
@@ -68,8 +69,17 @@ def orders(run: Run, panel: Panel, split: Split) -> tuple[np.ndarray, np.ndarray
     config = run.content["args"].get("leadlag")
     if config is not None:  # the action is a lookback
         args = run.content["args"]
+        if args.get("actions", "absolute") != "absolute":
+            raise ValueError(
+                f"--actions {args['actions']}: its ledger holds moves; expected absolute, whose actions are lookbacks"
+            )
         options = json.dumps({key: args.get(key) for key in (*SELECTION, *SPLIT)}, sort_keys=True)
         table = _followers(args["market"], args["seed"], options, json.dumps(config))
+        strange = ~np.isin(action[:, 0], np.arange(table.shape[1]))
+        if strange.any():
+            raise ValueError(
+                f"ledger.parquet: action {action[strange][0, 0]} is no lookback; expected 0 to {table.shape[1] - 1}"
+            )
         targets[rows] = table[rows, action[:, 0].astype(int)]
     else:
         targets[rows] = action
@@ -132,12 +142,14 @@ def regimes(run: Run) -> dict[str, np.ndarray]:
     with np.errstate(invalid="ignore", divide="ignore"):
         trend = np.nan_to_num(window.sum().to_numpy() / volatility / np.sqrt(window.count().to_numpy()))
     volatility = np.nan_to_num(volatility)
-    unstable = np.zeros(panel.num_bars)
+    unstable, differences = np.full(panel.num_bars, -np.inf), []
     for a, b in split.ranges:
-        edges = np.arange(a, b, WINDOW)
-        for start in edges:
-            now, before = returns[start : start + WINDOW], returns[max(0, start - WINDOW) : start]
-            unstable[start : start + WINDOW] = _distance(now, before) if len(now) == len(before) == WINDOW else 0.0
+        history = panel.segments[panel.segment_of_row[a]]  # a window is compared with its own history only
+        for start in range(a, b, WINDOW):
+            now, before = returns[start : min(start + WINDOW, b)], returns[max(history, start - WINDOW) : start]
+            if len(now) == len(before) == WINDOW:
+                differences.append(_distance(now, before))
+                unstable[start : start + WINDOW] = differences[-1]
     steps = run.ledger.groupby("market").size().to_numpy()
     rows = np.concatenate([np.arange(b - 1 - n, b - 1) for n, b in zip(steps, split.ranges[:, 1])])
     trend, volatility, unstable = trend[rows], volatility[rows], unstable[rows + 1]
@@ -145,7 +157,7 @@ def regimes(run: Run) -> dict[str, np.ndarray]:
     bull, bear = trend > TREND, trend < -TREND
     labels = (
         bull, ~bull & ~bear, bear, volatility <= calm, (volatility > calm) & (volatility <= crisis), volatility > crisis,
-        unstable > np.quantile(unstable, 1.0 - HARDEST),
+        unstable >= np.quantile(differences or [0.0], 1.0 - HARDEST),
     )  # fmt: skip
     return dict(zip(REGIMES, labels))
 
@@ -190,15 +202,16 @@ def stress(rows: dict[str, list[Run]], resamples: int, seed: int) -> dict:
                 out["late"][name] = score
             else:
                 out["sensitivity"].setdefault(name, []).append({"multiple": float(label[:-1]), **score})
-    if all(run.panel in masks["bull"] for runs in rows.values() for run in runs):
-        shares = []
-        for regime, keep in masks.items():
-            share = np.mean([mask.mean() for mask in keep.values()])
-            if min(mask.sum() for mask in keep.values()) >= 20:
-                draws = Draws(rows, resamples, seed, keep)
-                scores = {name: draws.scores(name)["sharpe"] for name in rows}
-                out["regimes"].setdefault("sharpe", {})[regime] = scores
-                shares.append(f"{regime} {share:.0%}")
+    found = {name: runs for name, runs in rows.items() if name not in failed}
+    panels = {run.panel for runs in found.values() for run in runs}
+    shares = []
+    for regime, mask in masks.items():
+        keep = {panel: mask[panel] for panel in panels}
+        if found and min(kept.sum() for kept in keep.values()) >= FEWEST:
+            draws = Draws(found, resamples, seed, keep)
+            out["regimes"].setdefault("sharpe", {})[regime] = {name: draws.scores(name)["sharpe"] for name in found}
+            shares.append(f"{regime} {np.mean([kept.mean() for kept in keep.values()]):.0%}")
+    if shares:
         out["notes"].append(
             f"Regimes, known when an order was given: trend of the equal-weight market over {TREND_BARS} bars (bull, bear: "
             f"beyond {TREND} standard deviations), its volatility (calm: below the median; crisis: the top {1 - CRISIS:.0%}). "
