@@ -104,6 +104,20 @@ def replay(run: Run) -> dict[str, pd.DataFrame]:
     The late ones start in cash. Raises ValueError where the panel cannot be had, or the orders do not earn again what the
     ledger says.
     """
+    parts = [_replayed(part) for part in run.folds or (run,)]
+    bars, out = pd.MultiIndex.from_frame(run.ledger[["market", "timestamp"]]), {}
+    for name in parts[0]:
+        frame = pd.concat([part[name] for part in parts], ignore_index=True)
+        out[name] = frame[pd.MultiIndex.from_frame(frame[["market", "timestamp"]]).isin(bars)].reset_index(drop=True)
+    same, was = (f["net_return"].to_numpy() for f in (out["1x"], run.ledger))
+    if len(same) != len(was) or not np.allclose(same, was, rtol=0, atol=1e-9):
+        worst = f": up to {np.abs(same - was).max():.2g} a bar off" if len(same) == len(was) else ""
+        raise ValueError(f"the orders of its ledger do not earn again what the ledger says{worst}")
+    return out
+
+
+def _replayed(run: Run) -> dict[str, pd.DataFrame]:
+    """The same for one run directory, on all of its bars, unchecked."""
     panel, split = load(run)
     targets, starts = orders(run, panel, split)
     market = run.content["market"]
@@ -114,14 +128,7 @@ def replay(run: Run) -> dict[str, pd.DataFrame]:
     out = {}
     for name, multiple, ordered in (*((f"{m:g}x", m, targets) for m in MULTIPLES), ("late", 1.0, late)):
         scaled = costs.scaled(multiple)
-        frame = account(panel, execution(panel, market["fill"], scaled), scaled.rates, split, starts, ordered)
-        index = pd.MultiIndex.from_frame(frame[["market", "timestamp"]])
-        kept = index.isin(pd.MultiIndex.from_frame(run.ledger[["market", "timestamp"]]))
-        out[name] = frame[kept].reset_index(drop=True)
-    same, was = (f["net_return"].to_numpy() for f in (out["1x"], run.ledger))
-    if len(same) != len(was) or not np.allclose(same, was, rtol=0, atol=1e-9):
-        worst = f": up to {np.abs(same - was).max():.2g} a bar off" if len(same) == len(was) else ""
-        raise ValueError(f"the orders of its ledger do not earn again what the ledger says{worst}")
+        out[name] = account(panel, execution(panel, market["fill"], scaled), scaled.rates, split, starts, ordered)
     return out
 
 
@@ -133,7 +140,8 @@ def regimes(run: Run) -> dict[str, np.ndarray]:
     quantiles over these bars (calm, choppy, crisis). The hardest windows are chosen with hindsight: those in which
     the correlations and volatilities differ most from those of the window before. Raises what `load` raises.
     """
-    panel, split = load(run)
+    loaded = [load(part) for part in run.folds or (run,)]
+    panel, ranges = loaded[0][0], np.concatenate([split.ranges for _, split in loaded])
     returns = log_returns(panel)
     listed = np.isfinite(panel.filled("close"))
     market = pd.Series((returns * listed).sum(axis=1) / np.maximum(listed.sum(axis=1), 1))
@@ -143,15 +151,18 @@ def regimes(run: Run) -> dict[str, np.ndarray]:
         trend = np.nan_to_num(window.sum().to_numpy() / volatility / np.sqrt(window.count().to_numpy()))
     volatility = np.nan_to_num(volatility)
     unstable, differences = np.full(panel.num_bars, -np.inf), []
-    for a, b in split.ranges:
+    for a, b in ranges:
         history = panel.segments[panel.segment_of_row[a]]  # a window is compared with its own history only
         for start in range(a, b, WINDOW):
             now, before = returns[start : min(start + WINDOW, b)], returns[max(history, start - WINDOW) : start]
             if len(now) == len(before) == WINDOW:
                 differences.append(_distance(now, before))
                 unstable[start : start + WINDOW] = differences[-1]
-    steps = run.ledger.groupby("market").size().to_numpy()
-    rows = np.concatenate([np.arange(b - 1 - n, b - 1) for n, b in zip(steps, split.ranges[:, 1])])
+    rows = []
+    for number, times in run.ledger.groupby("market")["timestamp"]:  # of the marks; orders were given a bar before
+        a, b = (0, panel.num_bars) if run.folds else ranges[number]
+        rows.append(a + np.searchsorted(panel.timestamps[a:b], times.to_numpy()) - 1)
+    rows = np.concatenate(rows)
     trend, volatility, unstable = trend[rows], volatility[rows], unstable[rows + 1]
     calm, crisis = np.quantile(volatility, (CALM, CRISIS))
     bull, bear = trend > TREND, trend < -TREND

@@ -150,6 +150,8 @@ def test_warnings_say_when_luck_may_explain_the_best():
     assert "No row is shown to beat buy-and-hold" in dull.warnings()[0] and f"{dull.spa:.2f}" in dull.warnings()[0]
     rows = {"good": [noise(1, 400, mean=0.004)], "b": [noise(2, 400)], "baseline-buy-and-hold": [noise(99, 400)]}
     assert select(rows).warnings() == []
+    recentred = {name: [x - x.mean()] for name, (x,) in rows.items()}
+    assert "PBO = 0.99" in select(recentred).warnings()[-1]
 
 
 @pytest.mark.parametrize("costs", ["zero", "institutional"])

@@ -575,3 +575,20 @@ def test_improvement_is_asked_on_shared_prices_only():
     draws = Draws({"a": on((0, 1)), "b": on((2, 3)), "c": on((1, 2), 1e-4)}, 100, 0)
     assert draws.paired_seeds and draws.better("a", "b") is None
     assert draws.better("c", "a") == draws.better("c", "b") == 1.0  # seeds 1 and 2
+
+
+def test_joined_folds_are_replayed_fold_by_fold(tmp_path):
+    prices = write_prices(tmp_path / "prices.csv", 50 * np.exp(wandering(500).cumsum(axis=0)))
+    parts = [baseline(tmp_path / str(k), "momentum", market=prices, folds=3, fold=k) for k in range(3)]
+    (whole,) = rundirs.join_folds(parts)
+    found = replay.replay(whole)
+    for name, frame in found.items():
+        single = pd.concat([replay.replay(part)[name] for part in parts], ignore_index=True)
+        pd.testing.assert_frame_equal(frame, single)
+    labels = replay.regimes(whole)
+    assert {len(mask) for mask in labels.values()} == {len(whole.ledger)}
+    trend = np.concatenate([replay.regimes(part)["bull"] for part in parts])
+    assert np.array_equal(labels["bull"], trend), "the trend needs no quantile of the bars that are scored"
+    whole.name = "momentum"
+    out = replay.stress({"momentum": [whole]}, 50, 0)
+    assert len(out["sensitivity"]["momentum"]) == len(replay.MULTIPLES) and out["regimes"]["sharpe"]
