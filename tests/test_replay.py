@@ -198,6 +198,14 @@ def test_a_replay_is_cut_to_the_bars_of_the_comparison(runs, replayed):
         pd.testing.assert_frame_equal(found[label], whole.loc[kept.index].reset_index(drop=True))
 
 
+def test_the_rows_of_a_ledger_may_come_in_order_of_time(runs, replayed, tmp_path):
+    run = runs["momentum"]
+    frame = pd.read_parquet(run.path / "ledger.parquet").sort_values("timestamp", kind="stable")
+    assert frame.loc[frame["split"] == "test", "market"].diff().abs().sum() > 100
+    ledger.write_ledger(tmp_path / "ledger.parquet", frame)
+    pd.testing.assert_frame_equal(replay.replay(replace(run, path=tmp_path))["late"], replayed["momentum"]["late"])
+
+
 def test_the_panel_is_the_one_of_the_run(runs):
     panel, split = replay.load(runs["folds"])
     assert panel.sha256 == runs["folds"].panel
@@ -362,25 +370,18 @@ def test_regimes_partition_the_bars(runs):
 def test_regimes_by_hand(monkeypatch):
     returns = np.concatenate([wandering(400, seed=1), 0.3 * wandering(400, seed=2) + 0.0005, crash(400, 250)])
     panel = panel_of(np.concatenate([np.zeros((800, 4)), returns]), histories=5)
+    close = panel.close.copy()
+    close[800:1000, 1:] = np.nan  # not listed yet, and no part of the market
+    panel = replace(panel, close=close)
     labels, rows = regimes_of(monkeypatch, panel)
-    market, start = replay.log_returns(panel).mean(axis=1), panel.segments[panel.segment_of_row]
+    start = panel.segments[panel.segment_of_row]
+    market = np.array([x[listed].mean() for x, listed in zip(replay.log_returns(panel), panel.present)])
     seen = [market[max(start[t], t - 59) : t + 1] for t in rows]  # the last 60 bars, of the same history
     volatility = np.array([x.std(ddof=1) for x in seen])
     trend = np.array([x.sum() for x in seen]) / volatility / np.sqrt([len(x) for x in seen])
     assert np.array_equal(labels["bull"], trend > 0.5) and np.array_equal(labels["bear"], trend < -0.5)
     calm, crisis = np.quantile(volatility, (0.5, 0.9))
     assert np.array_equal(labels["calm"], volatility <= calm) and np.array_equal(labels["crisis"], volatility > crisis)
-
-
-def test_a_symbol_that_is_not_listed_yet_does_not_dilute_the_market(monkeypatch):
-    panel = panel_of(crash())
-    unlisted = panel.close.copy()
-    unlisted[:450, 1:] = np.nan
-    late, rows = regimes_of(monkeypatch, replace(panel, close=unlisted))
-    alone, _ = regimes_of(monkeypatch, panel.select(["A0"]))
-    before = rows < 450
-    for name in ("bull", "bear"):
-        assert np.array_equal(late[name][before], alone[name][before])
 
 
 def test_a_crash_is_a_bear_market_and_a_crisis_once_it_was_seen(monkeypatch):
