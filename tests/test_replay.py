@@ -560,7 +560,7 @@ def test_scores_on_a_part_of_the_bars(markets):
 def test_the_interquartile_mean_by_hand():
     """Of every market and seed, where there are many markets; else of every seed's pooled Sharpe ratio."""
     for markets in (1, 2, 12):
-        nets = [returns_of(markets, 80, seed) for seed in range(5)]
+        nets = [returns_of(markets, 80, seed) + 0.01 * (seed == 0) for seed in range(5)]  # one of them by far too good
         rows = {"a": [drawn_from(net, seed) for seed, net in enumerate(nets)]}
         found = Draws(rows, 100, 0).iqm("a")
         parts = [part for net in nets for part in (net if markets >= 10 else [net.ravel()])]
