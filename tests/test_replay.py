@@ -15,7 +15,7 @@ from scipy.stats import trim_mean
 from envs import ledger
 from envs.costs import RECORD, execution, load_costs
 from envs.leadlag_tables import LeadLagData
-from envs.panel import Panel
+from envs.panel import Panel, Split
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import make_panel
 
@@ -436,12 +436,22 @@ def test_hardest_are_the_windows_around_a_break_of_correlations(monkeypatch):
     assert set(window[labels["hardest"]]) == {0, 1}
 
 
+def test_hardest_are_the_windows_around_a_break_of_volatilities(monkeypatch):
+    returns = wandering(1050, seed=6)
+    returns[420 + 6 * 63 : 420 + 7 * 63] *= 4.0
+    panel = panel_of(returns)
+    labels, rows = regimes_of(monkeypatch, panel, panel.split(0.3, 0.1)["test"])
+    assert set((rows[labels["hardest"]] + 1 - 420) // 63) == {6, 7}
+
+
 def test_few_windows_have_a_hardest_one_too(monkeypatch):
     panel = panel_of(broken(420, 168 + 2 * 63))
     labels, rows = regimes_of(monkeypatch, panel, panel.split(0.3, 0.1)["test"])
     window = (rows + 1 - 168) // 63  # four windows: two beyond the break are about as hard
     assert len(set(window[labels["hardest"]])) == 1 and set(window[labels["hardest"]]) < {2, 3}
-    # and one too short to hold a window has none
+    labels, rows = regimes_of(monkeypatch, panel, Split("test", np.array([[168, 240]])))  # one window and a bit
+    assert np.array_equal(labels["hardest"], rows + 1 < 168 + 63)
+    # and a split too short to hold a window has none
     panel = panel_of(broken(100, 50))
     labels, _ = regimes_of(monkeypatch, panel, panel.split(0.3, 0.2)["test"])
     assert not labels["hardest"].any()
@@ -493,6 +503,14 @@ def test_stress_from_end_to_end(table):
     assert ", ".join(f"{k} {share:.0%}" for k, share in shares.items()) in note
 
 
+def test_a_row_of_which_one_seed_fails_is_not_shown(table):
+    first, second = table["momentum"]
+    bad = replace(second, ledger=second.ledger.assign(net_return=second.ledger["net_return"] + 1e-5))
+    found = replay.stress(table | {"momentum": [first, bad]}, 20, 0)
+    assert set(found["sensitivity"]) == set(found["late"]) == set(found["regimes"]["sharpe"]["bull"]) == {"equal-weight"}
+    assert sum(note.startswith("momentum: ") for note in found["notes"]) == 1
+
+
 def test_a_regime_of_few_bars_has_no_score(table, monkeypatch):
     real = replay.regimes
 
@@ -542,7 +560,7 @@ def test_scores_on_a_part_of_the_bars(markets):
 def test_the_interquartile_mean_by_hand():
     """Of every market and seed, where there are many markets; else of every seed's pooled Sharpe ratio."""
     for markets in (1, 2, 12):
-        nets = [returns_of(markets, 80, seed) for seed in range(5)]
+        nets = [returns_of(markets, 80, seed) + 0.01 * (seed == 0) for seed in range(5)]  # one of them by far too good
         rows = {"a": [drawn_from(net, seed) for seed, net in enumerate(nets)]}
         found = Draws(rows, 100, 0).iqm("a")
         parts = [part for net in nets for part in (net if markets >= 10 else [net.ravel()])]
