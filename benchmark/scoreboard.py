@@ -242,14 +242,14 @@ def compare(args: Args) -> int:
     if Path(a).is_dir() and Path(b).is_dir():
         sides = {f"A {a}": find([Path(a)]), f"B {b}": find([Path(b)])}
     else:
-        runs, sides = find(list(args.runs)), {}
+        runs, sides = find(list(args.runs)), {f"A {a}": [], f"B {b}": []}
         placed, _, _ = sort_out(runs)
         for _, members, _ in placed:
             for name, own in name_rows(members).items():
                 for side, wanted in ((f"A {a}", a), (f"B {b}", b)):
                     if find_row([name], wanted):
-                        sides.setdefault(side, []).extend(own)
-        unknown = [side[2:] for side in (f"A {a}", f"B {b}") if side not in sides]
+                        sides[side] += own
+        unknown = [side[2:] for side, own in sides.items() if not own]
         if unknown:
             names = sorted({run.name for run in runs if run.name})
             sys.exit(f"--compare {unknown[0]}: no such row or directory; expected one of {', '.join(names) or 'none'}")

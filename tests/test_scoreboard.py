@@ -451,6 +451,8 @@ def test_compare_prints_differences(tmp_path, capsys):
         assert (ours, theirs) == pytest.approx((np.mean(expected[:2]), expected[2]), abs=0.06)
         assert gap == pytest.approx(ours - theirs, abs=0.15) and low < gap < high
         assert "stationary bootstrap" in out
+    swapped = compare("sac", "ppo", runs=(tmp_path,))
+    assert "first: A sac" in swapped and float(re.search(r"^growth +\S+ +\S+ +(\S+)%", swapped, re.M).group(1)) < 0
     assert not list(tmp_path.rglob("scoreboard.*"))
     with pytest.raises(SystemExit, match="nobody: no such row.*ppo, sac"):
         compare("ppo", "nobody", runs=(tmp_path,))
