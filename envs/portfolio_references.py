@@ -67,3 +67,22 @@ def utility(ledger: pd.DataFrame, risk_aversion: float, bars_per_year: float) ->
     """Mean net return less risk_aversion / 2 times its variance, per year."""
     net = ledger["net_return"]
     return float((net.mean() - 0.5 * risk_aversion * net.var(ddof=1)) * bars_per_year)
+
+
+def hedge_error(data: PortfolioData, ledger: pd.DataFrame, split: Split) -> dict[str, float]:
+    """How well a portfolio of one symbol hedges the liability of `panel.hidden` (synthetic:black-scholes), over all histories.
+
+    `delta RMS error`: of the number of shares ordered, in units of one over the price at the first bar, against `delta`;
+    `hedged`, `unhedged`: standard deviation of equity less the liability at the end, and of the liability alone.
+    """
+    panel, market = data.panel, data.market(split)
+    gaps, left, owed = [], [], []
+    for (_, frame), start in zip(ledger.groupby("market"), market.starts):
+        rows = start + np.arange(len(frame))
+        equity = np.append(1.0, frame["equity"].to_numpy())
+        shares = np.stack(frame["action"]).reshape(-1) * equity[:-1] / (panel.close[rows, 0] / panel.close[start, 0])
+        gaps.append(shares - panel.hidden["delta"][rows, 0])
+        owed.append(panel.hidden["liability"][rows[-1] + 1])
+        left.append(equity[-1] - owed[-1])
+    error = float(np.sqrt(np.mean(np.concatenate(gaps) ** 2)))
+    return {"delta RMS error": error, "hedged": float(np.std(left, ddof=1)), "unhedged": float(np.std(owed, ddof=1))}

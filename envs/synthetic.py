@@ -6,9 +6,11 @@ return) is kept in `panel.hidden` for oracles and is never part of an observatio
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numba import njit
+from scipy.stats import norm
 
 from envs.costs import parse_options
 from envs.files import load_panel
@@ -17,6 +19,7 @@ from envs.resampled import is_resampled, resampled, source_of
 
 SPLITS = ("train", "val", "test")
 SLOW, FAST = 0, 1  # values of hidden["regime"] on the lead-lag market
+WARM_UP = 60  # bars before Portfolio-v0's first decision, at which an option is sold
 OVERNIGHT, INTRADAY = np.sqrt(0.1), np.sqrt(0.9)  # shares of a bar's standard deviation
 
 
@@ -29,9 +32,10 @@ class Histories:
     train: int = 8
     val: int = 6
     test: int = 20
+    fewest_bars: ClassVar[int] = 300
 
     def __post_init__(self):
-        for key, least in (("assets", 1), ("bars", 300), ("train", 1), ("val", 1), ("test", 1)):
+        for key, least in (("assets", 1), ("bars", self.fewest_bars), ("train", 1), ("val", 1), ("test", 1)):
             if getattr(self, key) < least:
                 raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {least}")
 
@@ -215,7 +219,49 @@ class Merton(Histories):
         return np.zeros(shape), returns, hidden, {}
 
 
-MARKETS = {"leadlag": LeadLag, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton}
+@dataclass(frozen=True)
+class BlackScholes(Histories):
+    """A call option, sold at the money WARM_UP bars into each history and due at its last bar, to be hedged with the share
+    that it is on: geometric Brownian motion without drift, interest or gaps (Black & Scholes 1973).
+
+    Extra series of the symbol: `moneyness`, log(price / strike) in standard deviations of what is left of the option's
+    life, and `maturity`, that part of its life. In `hidden`: `delta`, the number of shares to hold, and `liability`, the payoff
+    at the last bar. Money is in units of the price of the share when the option was sold: an account of 1 can buy one.
+    """
+
+    assets: int = 1
+    bars: int = 91
+    train: int = 2000
+    val: int = 200
+    test: int = 200
+    life_vol: float = 0.2  # of the log price over the option's life
+    fewest_bars: ClassVar[int] = WARM_UP + 3
+
+    def __post_init__(self):
+        Histories.__post_init__(self)
+        if self.assets != 1:
+            raise ValueError(f"synthetic market: assets={self.assets}: expected 1, the share that the option is on")
+        if not 0 < self.life_vol < 1:
+            raise ValueError(f"synthetic market: life_vol={self.life_vol}: expected a number between 0 and 1")
+
+    def draw(self, rng: np.random.Generator):
+        life = self.bars - WARM_UP - 1
+        vol = self.life_vol / np.sqrt(life)
+        returns = -0.5 * vol**2 + vol * rng.standard_normal((self.bars, 1))
+        price = np.cumsum(returns)
+        price -= price[WARM_UP]  # log, in units of the strike
+        left = np.clip(1.0 - np.arange(-WARM_UP, life + 1) / life, 0.0, 1.0)
+        deviation = self.life_vol * np.sqrt(np.maximum(left, 0.5 / life))  # at expiry all is known: no division by 0
+        moneyness = price / deviation
+        liability = np.zeros(self.bars)
+        liability[-1] = max(0.0, np.expm1(price[-1]))
+        hidden = {"delta": norm.cdf(moneyness + 0.5 * deviation)[:, None], "liability": liability}
+        return np.zeros((self.bars, 1)), returns, hidden, {"moneyness": moneyness[:, None], "maturity": left[:, None]}
+
+
+MARKETS = {
+    "leadlag": LeadLag, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton, "black-scholes": BlackScholes,
+}  # fmt: skip
 
 
 def make_panel(spec: str, seed: int = 0) -> Panel:
