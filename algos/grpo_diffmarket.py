@@ -45,7 +45,7 @@ class Args:
     amp: bool = False
     """on CUDA: networks in bfloat16; the accounts stay in float32"""
     compile: bool = False
-    """on CUDA: compile the encoder and the step of the market"""
+    """compile the step of policy and market (needs a C++ compiler on a CPU): starts a minute later, then three times as fast"""
     track: bool = False
     """log to Weights and Biases too"""
     wandb_project_name: str = "cleanmarkets"
@@ -60,8 +60,8 @@ class Args:
     """iterations between two checkpoints (model.pt)"""
 
     market: str = "synthetic:garleanu-pedersen"
-    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...], see KNOWN below for three of them; with
-    the prefix shuffled:, bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py)"""
+    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...], see KNOWN below for three of them;
+    with the prefix shuffled:, bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py)"""
     symbols: tuple[str, ...] = ()
     """symbols of the market to keep (all by default)"""
     start: str | None = None
@@ -191,7 +191,7 @@ KNOWN = {
     ),
     "synthetic:merton": dict(
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5),
-        lookback=1, log_std=0.0, gamma=0.0,
+        lookback=1, log_std=0.0, gamma=0.0, num_windows=256, group_size=2, learning_rate=5e-4, total_timesteps=16_000_000,
     ),
     "synthetic:black-scholes": dict(
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=1.0),
@@ -200,16 +200,27 @@ KNOWN = {
 }  # fmt: skip
 
 
+class Bar(NamedTuple):
+    """What turning actions into weights needs to know of the bar at which they are decided."""
+
+    present: torch.Tensor  # (..., N) bool: the symbol can be ordered
+    gross: torch.Tensor  # (...) gross cap of an order decided then
+    exposures: torch.Tensor | None  # (..., N, K) what orders are neutral to
+
+
 class Tables(NamedTuple):
     """What the policy reads of each bar, on the device; stress scenarios follow the market's own rows."""
 
     features: torch.Tensor  # (T, N, F) float32, standardised by the training split
-    present: torch.Tensor  # (T, N) float32: 1 where the symbol can be ordered
-    gross: torch.Tensor  # (T,) gross cap of an order decided then
+    present: torch.Tensor  # (T, N) bool, (T,) and (T, N, K): as in Bar
+    gross: torch.Tensor
+    exposures: torch.Tensor | None
     returns: torch.Tensor  # (T, N) simple return of each symbol from this mark to the next
-    exposures: torch.Tensor | None  # (T, N, K) what orders are neutral to
     first: torch.Tensor  # (T,) int64 first row of the history that the row is in
     liability: torch.Tensor | None  # (T,) what is owed at that mark, in units of the starting equity
+
+    def bar(self, rows):
+        return Bar(self.present[rows], self.gross[rows], None if self.exposures is None else self.exposures[rows])
 
 
 def make_tables(args, data, device, selection=None):
@@ -233,9 +244,9 @@ def make_tables(args, data, device, selection=None):
         return None if x is None else torch.as_tensor(np.asarray(x, np.float32)).to(device)
 
     return Tables(
-        tensor(np.concatenate(blocks, axis=2)), tensor(panel.present), tensor(data.gross),
-        tensor((1.0 + ex.to_fill) * (1.0 + ex.to_mark) - 1.0), tensor(exposures),
-        torch.as_tensor(panel.segments[panel.segment_of_row]).to(device), tensor(liability),
+        tensor(np.concatenate(blocks, axis=2)), torch.tensor(panel.present, device=device), tensor(data.gross), tensor(exposures),
+        tensor((1.0 + ex.to_fill) * (1.0 + ex.to_mark) - 1.0),
+        torch.tensor(panel.segments[panel.segment_of_row], device=device), tensor(liability),
     )  # fmt: skip
 
 
@@ -263,8 +274,8 @@ class FastTanh(torch.autograd.Function):
 class Agent(nn.Module):
     """Scores of the symbols, and of cash in long_only, from their last bars and the weights held; alike for all symbols.
 
-    Prices do not depend on actions, so `encode` reads a whole window at once, before its first bar is traded; only `decide`, which
-    needs the weights held, runs bar by bar.
+    Prices do not depend on actions, so `encode` reads a whole window at once, before its first bar is traded; only `decide`,
+    which needs the weights held, runs bar by bar.
     """
 
     def __init__(self, args, num_symbols, num_features):
@@ -316,7 +327,7 @@ class Agent(nn.Module):
 
     def concentration(self, scores, mask):
         """Dirichlet: (..., A) > 0, in the sum exp(-2 log_std) times the number of choices."""
-        share = scores.masked_fill(mask == 0, -torch.inf).softmax(-1)
+        share = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         return (-2.0 * self.log_std).exp() * mask.sum(-1, keepdim=True) * share + 1e-3
 
     def sample(self, scores, mask, noise):
@@ -353,8 +364,8 @@ class Agent(nn.Module):
 
 
 def target_weights(args, action, account, bar, pair_projection=None):
-    """(..., N) weights to order: always inside the constraints of args.portfolio. bar: Tables of this bar."""
-    c, held, present = args.portfolio, account.weights, bar.present > 0
+    """(..., N) weights to order: always inside the constraints of args.portfolio. Differentiable."""
+    c, held, present = args.portfolio, account.weights, bar.present
     fixed = (held * ~present).abs().sum(-1)  # what cannot be ordered stays, and uses up its part of the caps
     alive = None
     if args.kill_drawdown is not None:
@@ -402,7 +413,7 @@ def observe(account, cap):
 
 
 def choices(agent, present):
-    """(..., A) 1 where the policy has a choice: symbols with a bar, and cash."""
+    """(..., A) bool: where the policy has a choice: symbols with a bar, and cash."""
     return torch.cat([present, torch.ones_like(present[..., :1])], dim=-1) if agent.has_cash else present
 
 
@@ -421,15 +432,17 @@ def roll_out(args, agent, market, tables, rows, group, explore=True, pair_projec
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=args.amp):
         encoded = agent.encode(tables, rows).float()
     account = market.account(len(rows), group)
-    noise = [None] * rows.shape[1]
+    horizon = rows.shape[1]
+    noise = [None] * horizon
     if explore:
         number = market.num_symbols + agent.has_cash
-        noise = torch.randn((rows.shape[1], len(rows), group, number), device=rows.device)
+        noise = torch.randn((horizon, len(rows), group, number), device=rows.device)
+    bars = tables.bar(rows.T.unsqueeze(-1))  # (H, B, 1, ...)
+    bars = zip(*([None] * horizon if x is None else x.unbind() for x in bars))
+    encoded = encoded.transpose(0, 1).unsqueeze(2).unbind()
     path = []
-    for t in range(rows.shape[1]):
-        at = rows[:, t, None]
-        bar = Tables(*(None if x is None else x[at] for x in tables))
-        *seen, after = step(args, agent, market, account, encoded[:, t, None], bar, at, noise[t], pair_projection)
+    for t, bar in enumerate(bars):
+        *seen, after = step(args, agent, market, account, encoded[t], Bar(*bar), rows[:, t, None], noise[t], pair_projection)
         account = after.account
         path.append((after.growth, *seen))
     growth, states, scores, actions, targets = zip(*path)
@@ -473,7 +486,7 @@ def utility_of(args, tables, rows, growth, targets):
 
 
 def advantages_of(args, rewards, utility, horizon):
-    """(B, G, H): discounted rewards to go, or the utility, less the mean of the other rollouts of the same window at that bar."""
+    """(B, G, H): discounted rewards to go, or the utility, less the mean of the window's other rollouts at that bar."""
     if rewards is None:
         to_go = horizon * utility.unsqueeze(-1).expand(-1, -1, horizon)
     else:
@@ -542,7 +555,9 @@ if __name__ == "__main__":
         ("kill_width", 1e-6, np.inf), ("cvar_alpha", 1e-6, 1), ("ema_decay", 0, 1),
     ):  # fmt: skip
         if not low <= getattr(args, flag) <= high:
-            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} to {high} with --estimator {args.estimator}")
+            sys.exit(
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} to {high} with --estimator {args.estimator}"
+            )
     c = args.portfolio
     long_only = c.constraints == LONG_ONLY
     for refused, flag, expected in (
@@ -566,9 +581,9 @@ if __name__ == "__main__":
     torch.set_num_threads(args.num_threads)
     risk_aversion = args.risk_aversion if args.utility == "mean_variance" else 1.0
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    if device.type == "cpu" and (args.amp or args.compile):
-        print("--amp, --compile: no CUDA device is used here; both are off")
-        args.amp = args.compile = False
+    if device.type == "cpu" and args.amp:
+        print("--amp: no CUDA device is used here; the networks stay in float32")
+        args.amp = False
 
     # Market: panel, splits, tables; what is wrong with them is said in one line
     try:
@@ -591,7 +606,9 @@ if __name__ == "__main__":
             legs = torch.as_tensor(pairs(panel, splits["train"], args.pairs), dtype=torch.float32, device=device)
             chosen_pairs = 2.0 * legs @ legs.T  # onto the span of the pairs' spreads
         if args.utility == "hedge" and tables.liability is None:
-            raise ValueError(f"--utility hedge: market {args.market} owes nothing; expected one such as synthetic:black-scholes")
+            raise ValueError(
+                f"--utility hedge: market {args.market} owes nothing; expected one such as synthetic:black-scholes"
+            )
         markets = {split: data.market(splits[split]) for split in splits}
         windows = [
             np.arange(a, b - args.horizon) for a, b in zip(markets["train"].starts, markets["train"].stops)
@@ -631,8 +648,6 @@ if __name__ == "__main__":
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
     options = dict(pair_projection=chosen_pairs, step=torch.compile(trade) if args.compile else trade)
-    if args.compile:
-        agent.encode = torch.compile(agent.encode)
 
     # Start, or go on from the checkpoint
     global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
@@ -715,7 +730,7 @@ if __name__ == "__main__":
                 obs, at = torch.as_tensor(observation).to(device), torch.as_tensor(rows).to(device)
                 one = torch.ones(len(obs), device=device)
                 account = Account(obs[:, weights], 1.0 + obs[:, own][:, 2], one)  # the drawdown is all that matters of equity
-                bar = Tables(*(None if x is None else x[at] for x in tables))
+                bar = tables.bar(at)
                 scores = agent.decide(encoded[place[rows]], observe(account, bar.gross))
                 action = agent.mean_action(scores, choices(agent, bar.present))
                 order = target_weights(args, action, account, bar, chosen_pairs)

@@ -46,6 +46,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 THREADS = sorted({1, min(2, CORES), CORES})
 # the script's defaults, which stable-baselines3 gets too; (n, steps): markets, bars per market and rollout
 NUM_ENVS, NUM_STEPS, MINIBATCHES, EPOCHS = 1024, 32, 4, 1
+DIFFMARKET, LOOKBACK, WINDOWS, GROUP = Path("algos") / "grpo_diffmarket.py", 128, 64, 4
 SB3_SMALL = (8, 128)
 
 
@@ -63,6 +64,8 @@ class Args:
     """market of the sections on LeadLag-v0 but memory: by default the training histories that the script has by default"""
     portfolio: str = "synthetic:noise:assets=30:val=1:test=1"
     """market of the sections on Portfolio-v0"""
+    diffmarket: str = "synthetic:noise:assets=4:val=1:test=1"
+    """market of the comparison that trains through the differentiable market"""
     num_envs: tuple[int, ...] = ()
     """numbers of markets of the env section (default: 1 16 256 1024 4096 16384; with --quick 1 256 4096)"""
     seconds: float = 0.3
@@ -321,10 +324,10 @@ def measure_training(args, data):
     return compare(section, contestants, max(1, args.repeats // 3), faster_by=True, targets=targets)
 
 
-def script(args, path, market, threads):
+def script(args, path, market, threads, *options):
     def measure():
         with tempfile.TemporaryDirectory() as runs:
-            command = [sys.executable, path, "--market", market, "--runs-dir", runs, "--no-cuda"]
+            command = [sys.executable, path, "--market", market, "--runs-dir", runs, "--no-cuda", *options]
             command += ["--total-timesteps", args.train_steps, "--num-threads", threads]
             done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
@@ -379,6 +382,56 @@ def sb3(args, env, num_steps):
     return timed(lambda: model.learn(batch, reset_num_timesteps=False), batch, args.seconds)
 
 
+def measure_diffmarket(args, data):
+    """The script as a process beside the loop that a reader of its formulas would write, with both encoders."""
+    rows, repeats = [], max(1, args.repeats // 3)
+    sizes = ["--lookback", LOOKBACK, "--num-windows", WINDOWS, "--group-size", GROUP]
+    for encoder in ("gru", "mlp"):
+        name, naive = f"{DIFFMARKET}, {encoder}, {CORES} threads", f"a network call and a step per bar, {encoder}"
+        measure = script(args, DIFFMARKET, data.panel.name, CORES, *sizes, "--encoder", encoder)
+        contestants = {name: measure, naive: eager(data, encoder, args.seconds)}
+        rows += compare("diffmarket", contestants, repeats, True, [(naive, 10, np.inf)])
+    return rows
+
+
+def eager(data, encoder: str, seconds: float):
+    """Pathwise gradients bar by bar: at each, every rollout's last bars are gathered and encoded anew; then one step of the
+    same market. Windows of 16 bars: the graph of 64 does not fit into 8 GB."""
+    import torch
+    from torch import nn
+
+    from envs.diffmarket import DiffMarket
+
+    torch.set_num_threads(CORES)
+    torch.manual_seed(0)
+    symbols, horizon, hidden = data.panel.num_symbols, 16, 64
+    market = DiffMarket(data.execution, data.costs)
+    features = data.assets.reshape(data.panel.num_bars, symbols, -1)
+    features = torch.tensor(np.concatenate([features, np.repeat(data.context[:, None], symbols, axis=1)], axis=2))
+    size = features.shape[2]
+    read = nn.GRU(size, hidden, batch_first=True) if encoder == "gru" else nn.Linear(LOOKBACK * size, hidden)
+    head = nn.Sequential(nn.Linear(hidden + 1, hidden), nn.Tanh(), nn.Linear(hidden, 1))
+    optimizer = torch.optim.Adam([*read.parameters(), *head.parameters()])
+
+    def learn():
+        starts = torch.randint(LOOKBACK, data.panel.segments[1] - horizon, (WINDOWS, 1))
+        account, total = market.account(WINDOWS, GROUP), 0.0
+        for t in range(horizon):
+            last = features[starts + t + torch.arange(1 - LOOKBACK, 1)].transpose(1, 2)  # (windows, symbols, bars, features)
+            last = last.unsqueeze(1).expand(-1, GROUP, -1, -1, -1).flatten(0, 2)
+            x = read(last)[1][0] if encoder == "gru" else read(last.flatten(1))
+            x = torch.cat([x.tanh().view(WINDOWS, GROUP, symbols, hidden), account.weights.unsqueeze(-1)], dim=-1)
+            scores = head(x).squeeze(-1)
+            target = (scores + 0.1 * torch.randn_like(scores)).softmax(-1)
+            after = market.step(account, target, starts + t)
+            account, total = after.account, total - after.growth.log().mean()
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+
+    return timed(learn, WINDOWS * GROUP * horizon, seconds)
+
+
 # Memory
 
 
@@ -416,6 +469,10 @@ SECTIONS = {
     "training": (measure_training, "Training: rollout and update, 64-64 tanh networks", "the first row is faster by"),
     "portfolio-peers": (measure_portfolio_peers, "Portfolio-v0 alone, beside another package", "the first row is faster by"),
     "portfolio-training": (measure_training, "Training on Portfolio-v0, 64-64 tanh networks", "the first row is faster by"),
+    "diffmarket": (
+        measure_diffmarket, f"Training through the differentiable market, lookback {LOOKBACK}, {WINDOWS} windows x {GROUP}",
+        "the script is faster by",
+    ),
 }  # fmt: skip
 NOTES = {
     "env": "`LeadLagVectorEnv.step(actions, out=...)`; obs, reward, masks, accounts and autoreset included.",
@@ -424,6 +481,8 @@ NOTES = {
     "importing gym_trading_env makes every later warning an error: undone here.",
     "portfolio-peers": "A step decides on all symbols at once; gym-trading-env has one market per symbol, stepped one after "
     "the other, without the rebalancing between them.",
+    "diffmarket": "Pathwise gradients. Prices do not depend on orders, so the script reads a window once for all of its rollouts; "
+    "the loop reads the last bars again at each bar, for each rollout, as an environment's observation would hold them.",
     "training": f"SB3 has the script's networks, {EPOCHS} epochs and {MINIBATCHES} minibatches per epoch, after a warm-up, on "
     "the same tables, without action masks (a masked action keeps the lookback). The script runs as a process; its steps/s "
     "leave out start-up, validation backtests and the final report.",
@@ -466,9 +525,10 @@ def main(args: Args) -> list[dict]:
         if section in (args.only or SECTIONS):
             print(title, flush=True)
             kind, market = (PortfolioData, args.portfolio) if "portfolio" in section else (LeadLagData, args.market)
-            if section != "memory" and kind not in tables:
-                tables[kind] = kind(load_market(market, 1))
-            rows += measure(args, tables.get(kind))
+            kind, market = (PortfolioData, args.diffmarket) if section == "diffmarket" else (kind, market)
+            if section != "memory" and market not in tables:
+                tables[market] = kind(load_market(market, 1))
+            rows += measure(args, tables.get(market))
             facts["load_at_end"] = os.getloadavg()[0]
             content = {"machine": facts, "arguments": dataclasses.asdict(args) | {"out": str(args.out)}, "rows": rows}
             ledger.write_json(args.out / "throughput.json", content)

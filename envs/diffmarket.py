@@ -16,8 +16,8 @@ from torch import Tensor
 
 from envs.costs import DELISTED, RECORD, RUIN, TRADABLE, UNTRADABLE, Costs, Execution
 
-_MAX_ITERATIONS = 60  # as the kernel; on CUDA fewer, without asking the device after each whether it was the last
-_CUDA_ITERATIONS = 12
+_MAX_ITERATIONS = 60  # as the kernel
+_FIXED_ITERATIONS = 8  # on CUDA and where compiled, without asking after each whether it was the last
 
 
 class Account(NamedTuple):
@@ -161,8 +161,8 @@ class DiffMarket:
         with torch.no_grad():
             after, solvable = at_fill.clone(), at_fill > 0.0
             tolerance = max(1e-11, 2.0 * torch.finfo(at_fill.dtype).eps) * at_fill
-            cuda = at_fill.is_cuda
-            for _ in range(_CUDA_ITERATIONS if cuda else _MAX_ITERATIONS):
+            fixed = at_fill.is_cuda or torch.compiler.is_compiling()
+            for _ in range(_FIXED_ITERATIONS if fixed else _MAX_ITERATIONS):
                 trade = can_trade * (target * after.unsqueeze(-1) - drifted)
                 size = self._size(trade)
                 side = trade.sign() if self.smooth == 0.0 else trade / (trade * trade + self.smooth**2).sqrt()
@@ -175,7 +175,7 @@ class DiffMarket:
                 move = torch.where(solvable, f / slope, 0.0)
                 after = after - move
                 solvable = solvable & (after > 0.0)
-                if not cuda and (move.abs() <= tolerance).all():
+                if not fixed and (move.abs() <= tolerance).all():
                     break
             slope = torch.where(solvable, slope, 1.0)
         size = self._size(can_trade * (target * after.unsqueeze(-1) - drifted))
