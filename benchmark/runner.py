@@ -40,6 +40,7 @@ REAL = "sp500"
 MARKETS = {
     "leadlag": ("synthetic:leadlag", REAL),
     "portfolio": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton"),
+    "diffmarket": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton"),
 }
 # What every script meets besides: controls in which nothing can be found, and histories and symbols of other draws.
 PROTOCOL = {
@@ -60,7 +61,11 @@ QUICK_RULES_OF = {
     "synthetic:garleanu-pedersen": ("closed-form",),
     "synthetic:merton": ("closed-form",),
 }
-OWN_COSTS = ("synthetic:garleanu-pedersen", "synthetic:merton")  # their closed form holds for the costs that scripts set there
+OWN_COSTS = (
+    "synthetic:garleanu-pedersen",
+    "synthetic:merton",
+    "synthetic:black-scholes",
+)  # their closed form holds for the costs that scripts set there
 LOG_LINES = 25
 
 
@@ -76,6 +81,10 @@ class Args:
     """more markets for all: noise, shuffled, monte-carlo, cross-universe (default all; none with --quick or --markets)"""
     folds: int = 0
     """walk-forward folds, all of them run, on markets with one real history (0: one split)"""
+    start: str | None = None
+    """first date of real prices, and of what is made of them"""
+    end: str | None = None
+    """last date of them"""
     seeds: tuple[int, ...] = ()
     """seeds (default 1 to 5; with --quick 1 and 2)"""
     costs: str = "institutional"
@@ -196,11 +205,13 @@ def plan(args: Args) -> list[Job]:
 
 
 def terms_on(market: str, args: Args) -> list[tuple[str, ...]]:
-    """Flags of costs, fill and split there: one tuple for each split to be run."""
+    """Flags of costs, fill, dates and split there: one tuple for each split to be run."""
     costs = () if market.startswith(OWN_COSTS) else ("--costs", args.costs)
-    folds = args.folds if not drawn_from_seed(market) else 0
+    days = (args.start, args.end) if "synthetic:" not in market else (None, None)
+    dates = [part for flag, day in zip(("--start", "--end"), days) if day for part in (flag, day)]
+    folds = 0 if drawn_from_seed(market) else args.folds
     splits = [("--folds", str(folds), "--fold", str(fold)) for fold in range(folds)] or [()]
-    return [(*costs, "--fill", args.fill, *split) for split in splits]
+    return [(*costs, "--fill", args.fill, *dates, *split) for split in splits]
 
 
 def code_hash(job: Job, cwd: str) -> str:

@@ -1,6 +1,6 @@
 """Helpers and fixtures for the tests of the scripts in algos/: run one, and look at what it leaves and at its variables.
 
-A new script becomes part of tests/test_ppo_scripts.py by its entry in SCRIPTS. Tests of one script alone set `script` in
+A new script becomes part of tests/test_scripts.py by its entry in SCRIPTS. Tests of one script alone set `script` in
 their own module, and have `base`, `inside` and `complaint` for it.
 """
 
@@ -25,12 +25,12 @@ from conftest import ROOT, assert_same_bits, run_python
 from envs.costs import Costs, load_costs
 from envs.ledger import LEDGER
 from envs.portfolio import GUARDS
+from envs.portfolio_tables import PortfolioConfig
 
-ITERATIONS = 20
-BUDGET = [
-    "--num-envs", "64", "--num-steps", "16", "--total-timesteps", "20480", "--eval-every", "5", "--checkpoint-every", "2",
-    "--num-threads", "1", "--no-cuda",
-]  # fmt: skip
+ITERATIONS = 20  # of 1024 steps each, in the short runs
+COMMON = (
+    "--total-timesteps", "20480", "--eval-every", "5", "--checkpoint-every", "2", "--num-threads", "1", "--no-cuda",
+)  # fmt: skip
 UNLIKE = {"args", "train_seconds", "wall_clock", "sps", "git_commit"}  # in run.json, between two runs of the same seed
 
 
@@ -41,18 +41,16 @@ class Script:
     name: str
     env_id: str
     market: str  # with 2 histories to train, 1 to validate and 2 to test
+    sizes: tuple[str, ...]  # options that make an iteration 1024 steps
     own: tuple[str, ...]  # more options of the short run
-    given: dict  # what `own` makes of nested arguments
+    given: dict  # what `sizes` and `own` make of arguments, by group where they are grouped
     score: str  # what validation maximises
     others: tuple[str, ...]  # whom the table compares the agent with
     costs: str  # of the short run
-    make_envs: Callable  # the variables of a run -> its training environments, anew
     make_agent: Callable  # module, checkpoint -> an agent of the right size
-    twist: tuple[str, ...]  # options that make it hard to keep old and new log-probabilities equal
-    classic: tuple[str, float, float]  # a Gymnasium id; bounds on the return of nearly no training
-    refused: tuple[str, str]  # a Gymnasium id with actions of the wrong kind; what it expected
-    toy: gym.spaces.Space  # actions of the Toy below
-    toy_options: tuple[str, ...] = ()
+    losses: tuple[str, ...]  # tags in TensorBoard
+    kept: tuple[str, ...]  # what a checkpoint holds besides what all hold
+    numbers: tuple[str, ...] = ()  # in run.json besides what all have
     columns: tuple[str, ...] = LEDGER
     unexplained: tuple[str, ...] = ()  # flags that --help only lists
 
@@ -62,11 +60,11 @@ class Script:
 
     @property
     def budget(self) -> list[str]:
-        return list(BUDGET)
+        return [*self.sizes, *COMMON]
 
     @property
     def short(self) -> list[str]:
-        return ["--market", self.market, *self.own, *BUDGET]
+        return ["--market", self.market, *self.own, *self.budget]
 
     @functools.cached_property
     def module(self) -> ModuleType:
@@ -80,15 +78,57 @@ class Script:
         return load_costs(self.costs)
 
 
+@dataclasses.dataclass(frozen=True)
+class PPOScript(Script):
+    """With what the tests of PPO's arithmetic need to know."""
+
+    make_envs: Callable = None  # the variables of a run -> its training environments, anew
+    twist: tuple[str, ...] = ()  # options that make it hard to keep old and new log-probabilities equal
+    classic: tuple[str, float, float] = ()  # a Gymnasium id; bounds on the return of nearly no training
+    refused: tuple[str, str] = ()  # a Gymnasium id with actions of the wrong kind; what it expected
+    toy: gym.spaces.Space = None  # actions of the Toy below
+    toy_options: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")
+    losses: tuple[str, ...] = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
+    kept: tuple[str, ...] = ("envs", "obs")
+    numbers: tuple[str, ...] = ("last_100_returns",)
+
+
+def grpo_agent(module, saved):
+    args = module.Args(**{**saved["args"], "portfolio": PortfolioConfig(**saved["args"]["portfolio"])})
+    return module.Agent(args, len(saved["model"]["symbol"]), len(saved["model"]["mean"]))
+
+
 SCRIPTS = {
     script.name: script
     for script in (
         Script(
+            name="grpo_diffmarket",
+            env_id="Portfolio-v0",
+            market="synthetic:garleanu-pedersen:bars=300:train=2:val=1:test=2",
+            sizes=("--num-windows", "16", "--group-size", "4", "--horizon", "16"),
+            own=(
+                "--gross", "2", "--asset-cap", "0.8", "--hidden", "16", "--estimator", "mix", "--microbatches", "2",
+                "--kl-coef", "0.01", "--stress-share", "0.25", "--stress-histories", "4", "--kill-drawdown", "0.05",
+            ),
+            given={
+                "portfolio": {"gross": 2.0, "asset_cap": 0.8, "orders": "change"}, "num_windows": 16, "horizon": 16,
+                "stress_share": 0.25,
+            },
+            score="utility",
+            others=("equal weight", "closed form"),
+            costs="zero:quadratic_impact_bps=75",
+            make_agent=grpo_agent,
+            losses=("utility", "grad_norm", "approx_kl", "clipfrac", "pathwise_share", "log_std"),
+            kept=("reference", "variances"),
+            unexplained=("costs",),
+        ),
+        PPOScript(
             name="ppo_leadlag",
             env_id="LeadLag-v0",
             market="synthetic:leadlag:bars=400:train=2:val=1:test=2",
             own=("--max-lookback", "60", "--num-lookbacks", "5"),
-            given={"leadlag": {"max_lookback": 60, "num_lookbacks": 5}},
+            given={"leadlag": {"max_lookback": 60, "num_lookbacks": 5}, "num_envs": 64, "num_steps": 16},
             score="growth",
             others=(
                 *(f"lookback {k}" for k in (5, 9, 17, 32, 60)), "best in training", "random", "equal weight",
@@ -103,14 +143,14 @@ SCRIPTS = {
             toy=gym.spaces.Discrete(3),
             unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
         ),
-        Script(
+        PPOScript(
             name="ppo_portfolio",
             env_id="Portfolio-v0",
             market="synthetic:garleanu-pedersen:bars=300:train=2:val=1:test=2",
             own=("--gross", "2", "--asset-cap", "0.8", "--guard-turnover", "0.06", "--guard-drawdown", "0.05"),
             given={
                 "portfolio": {"gross": 2.0, "asset_cap": 0.8, "orders": "change"},
-                "guard": {"guard_turnover": 0.06, "guard_drawdown": 0.05, "guard_return": None},
+                "guard": {"guard_turnover": 0.06, "guard_drawdown": 0.05, "guard_return": None}, "num_envs": 64, "num_steps": 16,
             },
             score="utility",
             others=("equal weight", "closed form", "without guard"),

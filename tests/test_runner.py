@@ -32,7 +32,7 @@ import argparse, hashlib, json, os, shutil, sys, time
 from pathlib import Path
 
 parser = argparse.ArgumentParser(allow_abbrev=False)
-for flag in ("market", "seed", "runs-dir", "num-threads", "resume", "total-timesteps", "costs", "fill", "folds", "fold"):
+for flag in ("market", "seed", "runs-dir", "num-threads", "resume", "total-timesteps", "costs", "fill", "folds", "fold", "start", "end"):
     parser.add_argument(f"--{flag}")
 parser.add_argument("--only", nargs="*", default=["equal-weight", "momentum", "random"])
 args = parser.parse_args()
@@ -252,10 +252,10 @@ GP, MERTON = "synthetic:garleanu-pedersen", "synthetic:merton"
 
 
 def test_a_full_run(tree):
-    (tree.root / "algos" / "fake_diffmarket.py").write_text(FAKE)
+    (tree.root / "algos" / "fake_unheardof.py").write_text(FAKE)
     (tree.root / "algos" / "__init__.py").touch()
     every = {
-        "fake_diffmarket": ("sp500", *DRAWN), "fake_leadlag": ("synthetic:leadlag", "sp500", *DRAWN),
+        "fake_unheardof": ("sp500", *DRAWN), "fake_leadlag": ("synthetic:leadlag", "sp500", *DRAWN),
         "fake_portfolio": (GP, "sp500", MERTON, *DRAWN),
     }  # fmt: skip
     expected = [
@@ -326,6 +326,20 @@ def test_every_fold_of_real_histories(tree):
     protocol = commands(tree, folds=3, seeds=(1,), scripts=("fake_leadlag", "baselines"))
     assert not any("--fold" in line for line in protocol if line.split()[1] in DRAWN)
     assert sum("--fold" in line for line in commands(tree, folds=2, seeds=(1,), markets=("prices.csv",))) == 6
+
+
+def test_dates_of_real_prices(tree):
+    markets = ("prices.csv", "shuffled:prices.csv", "synthetic:noise", "bootstrap:synthetic:noise")
+    found = commands(tree, scripts=("fake_leadlag",), seeds=(1,), markets=markets, start="2016", end="2020-06", folds=2)
+    dates = "--start 2016 --end 2020-06"
+    assert found == [
+        f"fake_leadlag prices.csv 1 {TERMS} {dates} --folds 2 --fold 0",
+        f"fake_leadlag prices.csv 1 {TERMS} {dates} --folds 2 --fold 1",
+        f"fake_leadlag shuffled:prices.csv 1 {TERMS} {dates}",
+        f"fake_leadlag synthetic:noise 1 {TERMS}", f"fake_leadlag bootstrap:synthetic:noise 1 {TERMS}",
+    ]  # fmt: skip
+    (only_end,) = commands(tree, scripts=("fake_leadlag",), seeds=(1,), markets=("prices.csv",), end="2020")
+    assert only_end.endswith("--end 2020")
 
 
 def test_choices(tree):
