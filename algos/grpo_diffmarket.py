@@ -22,9 +22,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from envs import ledger, portfolio_references
+from envs.candles import ohlc_features, wavelet_features
 from envs.costs import RUIN
 from envs.diffmarket import Account, DiffMarket
+from envs.neutral import clusters, factor_loadings, market_beta, neutralise, pairs
 from envs.portfolio_tables import LONG_ONLY, WARMUP, PortfolioConfig, PortfolioData
+from envs.scenarios import Scenario, stress_panel
 from envs.synthetic import load_market
 
 MARKET_ENV = "Portfolio-v0"  # whose kernel keeps the ledger; training runs on its copy in torch
@@ -142,9 +145,9 @@ class Args:
     cvar_alpha: float = 0.05
     """share of a window's bars that count as the tail"""
 
-    total_timesteps: int = 6_000_000
+    total_timesteps: int = 2_000_000
     """bars of all rollouts together"""
-    num_windows: int = 64
+    num_windows: int = 32
     """windows of the market per iteration"""
     group_size: int = 4
     """rollouts of each window: same prices, other actions"""
@@ -187,7 +190,8 @@ KNOWN = {
             costs="zero:quadratic_impact_bps=75", constraints="long_short", orders="change", gross=10.0, asset_cap=10.0,
             scale=0.5,
         ),
-        utility="mean_variance", risk_aversion=40.0, lookback=1, embedding=8, smooth=0.0,
+        utility="mean_variance", risk_aversion=40.0, lookback=1, embedding=8, smooth=0.0, num_windows=64,
+        total_timesteps=6_000_000,
     ),
     "synthetic:merton": dict(
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5),
@@ -196,6 +200,7 @@ KNOWN = {
     "synthetic:black-scholes": dict(
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=1.0),
         utility="hedge", lookback=1, horizon=30, num_windows=256, group_size=1, log_std=-3.0,
+        total_timesteps=6_000_000,
     ),
 }  # fmt: skip
 
@@ -244,7 +249,8 @@ def make_tables(args, data, device, selection=None):
         return None if x is None else torch.as_tensor(np.asarray(x, np.float32)).to(device)
 
     return Tables(
-        tensor(np.concatenate(blocks, axis=2)), torch.tensor(panel.present, device=device), tensor(data.gross), tensor(exposures),
+        tensor(np.concatenate(blocks, axis=2)),
+        torch.tensor(panel.present, device=device), tensor(data.gross), tensor(exposures),
         tensor((1.0 + ex.to_fill) * (1.0 + ex.to_mark) - 1.0),
         torch.tensor(panel.segments[panel.segment_of_row], device=device), tensor(liability),
     )  # fmt: skip
@@ -281,7 +287,7 @@ class Agent(nn.Module):
     def __init__(self, args, num_symbols, num_features):
         super().__init__()
         self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("std", torch.ones(num_features))
+        self.register_buffer("scale", torch.ones(num_features))
         self.lookback, self.dirichlet = args.lookback, args.policy == "dirichlet"
         self.symbol = nn.Parameter(torch.randn(num_symbols, args.embedding))
         size = num_features + args.embedding
@@ -304,7 +310,7 @@ class Agent(nn.Module):
         before = torch.arange(1 - self.lookback, 0, device=rows.device)
         span = torch.cat([rows[:, :1] + before, rows], dim=1)
         first = tables.first[rows[:, :1]]
-        x = ((tables.features[span.maximum(first)] - self.mean) / self.std).clamp(-10.0, 10.0)
+        x = ((tables.features[span.maximum(first)] - self.mean) * self.scale).clamp(-10.0, 10.0)
         x = x * (span >= first)[..., None, None]  # nothing before a history begins
         batch, bars, symbols, _ = x.shape
         x = torch.cat([x, self.symbol.expand(batch, bars, -1, -1)], dim=-1).transpose(1, 2).flatten(0, 1)
@@ -643,7 +649,7 @@ if __name__ == "__main__":
         bars = np.concatenate([np.arange(a, b) for a, b in zip(markets["train"].starts, markets["train"].stops)])
         seen = tables.features[torch.as_tensor(bars)][torch.as_tensor(panel.present[bars])]
         agent.mean.copy_(seen.mean(0))
-        agent.std.copy_(seen.std(0).clamp(min=1e-3))
+        agent.scale.copy_(1.0 / seen.std(0).clamp(min=1e-3))
     reference = copy.deepcopy(agent).requires_grad_(False)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
@@ -725,7 +731,7 @@ if __name__ == "__main__":
             encoded = torch.cat(encoded)
         weights, own = data.layout["weights"], data.layout["portfolio"]
 
-        def policy(observation, _, rows):
+        def agent_policy(observation, _, rows):
             with torch.no_grad():
                 obs, at = torch.as_tensor(observation).to(device), torch.as_tensor(rows).to(device)
                 one = torch.ones(len(obs), device=device)
@@ -738,7 +744,7 @@ if __name__ == "__main__":
                     order = torch.cat([order, bar.gross.clamp(max=1.0).unsqueeze(-1) - order.sum(-1, keepdim=True)], dim=-1)
                 return (order / c.gross).cpu().numpy()
 
-        return portfolio_references.run(data=data, split=splits[split], policy=policy, num_threads=args.num_threads)
+        return portfolio_references.run(data=data, split=splits[split], policy=agent_policy, num_threads=args.num_threads)
 
     started, failure = time.time(), None
     progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
