@@ -140,7 +140,7 @@ def stress_panel(panel: Panel, split: Split, scenario: Scenario, histories: int,
     before[source.segments] = np.nan
     usable = present.any(axis=1) & ~(learned & np.isnan(before).any(axis=1))
     pools = [
-        _runs(source, usable, labels, wanted, scenario)
+        _runs(source, usable, labels, wanted, scenario.label_names)
         for wanted in ([(k,) for k in scenario.labels] if learned else [scenario.labels])
     ]
     rngs = [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(j,))) for j in range(histories)]
@@ -149,7 +149,7 @@ def stress_panel(panel: Panel, split: Split, scenario: Scenario, histories: int,
     hidden = {"label": labels[rows].ravel()}
     if learned:
         fitted, first = usable & (labels >= 0), rows[:, 0]
-        model = fit(logs["close"][fitted], before[fitted], labels[fitted], scenario.num_labels, seed, source.name)
+        model = fit(logs["close"][fitted], before[fitted], labels[fitted], scenario.num_labels, seed)
         close = model.sample(before[first], labels[first], bars, rngs)
         hidden["held_out"] = np.array(model.held_out)
         for cells, label, rng in zip(picked, labels[first], rngs):
@@ -190,39 +190,48 @@ class ReturnModel(torch.nn.Module):
 
         r_i = vol_i * (mu(x) + b_i * s_f(x) * f + s_e(x) * e_i),    i = 1 .. N
 
-    x: the label, one-hot, with two features of the equally weighted market's last WINDOW returns, standardised: their sum over
-    its standard deviation, and the log of their root mean square. mu, log s_f, log s_e: a network of one hidden tanh layer, so
-    that they are bounded however far a path goes. (f, e) are jointly Student-t with unit variances and no correlation: all
-    symbols share one chi-square variable, as in a crash, and the likelihood of any subset of them is in closed form.
-    vol_i, b_i and the degrees of freedom, above LEAST_DOF, are learnt too.
+    x: the label, and two features of the equally weighted market's last WINDOW returns, standardised: their sum over its
+    standard deviation, and the log of their root mean square. mu, log s_f and log s_e are a constant per label plus a network
+    of one tanh layer, so that they are bounded however far a path goes. (f, e) are jointly Student-t, uncorrelated with unit
+    variances: one chi-square variable scales all symbols, as in a crash, and the likelihood of any subset of them is in closed
+    form. vol_i, b_i and the degrees of freedom, above LEAST_DOF, are learnt too.
 
-    held_out: mean log-likelihood (nats) of a return among the last HELD_OUT of the bars, which are not fitted but for their
-    part in choosing when to stop; NaN before `fit`.
+    held_out: mean log-likelihood (nats) of a return among the last HELD_OUT of the bars, which are used for nothing but to
+    choose when to stop; NaN before `fit`.
     """
 
     def __init__(self, returns: np.ndarray, before: np.ndarray, labels: np.ndarray, num_labels: int, seed: int):
-        """As for `fit`; starts from the data's volatilities and their correlation with the market."""
+        """As for `fit`; starts from the data's volatilities, means by label, and correlations with the market."""
         super().__init__()
         self.num_labels, self.held_out = num_labels, np.nan
         state = _state(before)
         self.center, self.spread = state.mean(axis=0), np.maximum(state.std(axis=0), LEAST_VOL)
         count = (~np.isnan(returns)).sum(axis=0)
         vol = np.sqrt(np.nansum(returns**2, axis=0) / np.maximum(count, 1))
-        known = (count >= FEWEST) & (vol > 0)
-        vol = np.where(known, vol, np.median(vol[known]) if known.any() else 0.0)  # a symbol of few bars: as a usual one
-        scaled = returns / np.where(vol > 0, vol, 1.0)
+        known = (vol > 0) & (count >= min(FEWEST, len(returns)))
+        if not known.any():
+            raise PanelError(f"no symbol has {min(FEWEST, len(returns))} returns, some not 0, to start from")
+        vol = np.where(known, vol, np.median(vol[known]))  # a symbol of few bars: as a usual one
+        scaled = returns / vol
         factor = _market(scaled)
-        loading = (
-            np.nansum(scaled * factor[:, None], axis=0) / np.maximum(count, 1) / max(np.sqrt(np.mean(factor**2)), LEAST_VOL)
-        )
-        loading = np.where(known, loading, np.median(loading[known]) if known.any() else 0.0)
-        own = 0.5 * np.log(max(0.1, 1.0 - np.mean(loading**2)))
+        loading = np.nansum(scaled * factor[:, None], axis=0) / np.maximum(count, 1) / max(factor.std(), LEAST_VOL)
+        loading = np.where(known, loading, np.median(loading[known]))
 
-        generator, inputs = torch.Generator().manual_seed(seed), num_labels + len(self.center)
-        hidden = torch.randn((inputs, HIDDEN), generator=generator, dtype=torch.float64) / inputs**0.5
-        with np.errstate(divide="ignore"):  # log 0, which `fit` refuses
-            start = {"log_vol": np.log(vol), "loading": loading, "dof": np.array(2.0)}
-        start |= {"hidden": hidden, "hidden_bias": np.zeros(HIDDEN), "out": np.zeros((HIDDEN, 3)), "out_bias": [0.0, 0.0, own]}
+        def constants(rows: np.ndarray) -> list[float]:
+            """mu, log s_f, log s_e of these bars."""
+            signal = max(factor[rows].std() / max(factor.std(), LEAST_VOL), LEAST_VOL)
+            total = np.nanvar(scaled[rows])
+            own = max(total - signal**2 * np.mean(loading**2), 0.1 * total, LEAST_VOL**2)
+            return [np.nanmean(scaled[rows]), np.log(signal), 0.5 * np.log(own)]
+
+        enough = np.bincount(labels, minlength=num_labels) >= FEWEST
+        start = {"log_vol": np.log(vol), "loading": loading, "dof": 2.0}
+        start["label"] = [constants((labels == k) | ~enough[k]) for k in range(num_labels)]
+        generator = torch.Generator().manual_seed(seed)
+        start["hidden"] = (
+            torch.randn((num_labels + 2, HIDDEN), generator=generator, dtype=torch.float64) / (num_labels + 2) ** 0.5
+        )
+        start |= {"bias": np.zeros(HIDDEN), "out": np.zeros((HIDDEN, 3))}
         for name, value in start.items():
             self.register_parameter(name, torch.nn.Parameter(torch.as_tensor(value, dtype=torch.float64)))
 
@@ -230,74 +239,77 @@ class ReturnModel(torch.nn.Module):
     def degrees_of_freedom(self) -> torch.Tensor:
         return LEAST_DOF + torch.nn.functional.softplus(self.dof)
 
-    def forward(self, before: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, WINDOW) market returns of the bars before and (B,) labels -> mu, s_f, s_e, (B,) each."""
-        x = np.concatenate([np.eye(self.num_labels)[labels], (_state(before) - self.center) / self.spread], axis=1)
-        out = torch.tanh(torch.from_numpy(x) @ self.hidden + self.hidden_bias) @ self.out + self.out_bias
-        return out[:, 0], out[:, 1].exp(), out[:, 2].exp()
+    def inputs(self, before: np.ndarray, labels: np.ndarray) -> torch.Tensor:
+        """(B, WINDOW) market returns of the bars before and (B,) labels -> x (B, num_labels + 2)."""
+        one_hot = np.eye(self.num_labels)[labels]
+        return torch.from_numpy(np.concatenate([one_hot, (_state(before) - self.center) / self.spread], axis=1))
 
-    def log_likelihood(self, returns: np.ndarray, before: np.ndarray, labels: np.ndarray) -> torch.Tensor:
-        """(B,) log density of the returns (B, N) of a bar, NaN where a symbol has none, given what `forward` takes.
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`inputs` -> mu, s_f, s_e, (B, 1) each."""
+        out = x[:, : self.num_labels] @ self.label + torch.tanh(x @ self.hidden + self.bias) @ self.out
+        return out[:, :1], out[:, 1:2].exp(), out[:, 2:].exp()
 
-        The covariance of the d returns over vol_i is s_e^2 I + s_f^2 b b': its inverse is by Sherman & Morrison (1950).
+    def log_likelihood(self, x: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+        """() mean log density of the returns (B, N), NaN where a symbol has none, given `inputs`; per return, in nats.
+
+        The covariance of a bar's d returns over vol_i is s_e^2 I + s_f^2 b b', inverted by Sherman & Morrison (1950).
         """
-        present = torch.from_numpy(~np.isnan(returns))
-        mu, s_f, s_e = self(before, labels)
-        z = torch.where(present, torch.from_numpy(np.nan_to_num(returns)) / self.log_vol.exp() - mu[:, None], 0.0)
-        b = present * self.loading
-        d, dof, signal = present.sum(dim=1), self.degrees_of_freedom, (s_f / s_e) ** 2 * (b**2).sum(dim=1)
-        q = ((z**2).sum(dim=1) - (s_f / s_e) ** 2 * (b * z).sum(dim=1) ** 2 / (1 + signal)) / s_e**2
-        log_det = 2 * d * s_e.log() + torch.log1p(signal) + 2 * (present * self.log_vol).sum(dim=1)
-        norm = torch.lgamma((dof + d) / 2) - torch.lgamma(dof / 2) - d / 2 * torch.log((dof - 2) * torch.pi)
-        return norm - 0.5 * log_det - 0.5 * (dof + d) * torch.log1p(q / (dof - 2))
+        present = ~torch.isnan(returns)
+        mu, s_f, s_e = self(x)
+        z = torch.where(present, returns.nan_to_num() / self.log_vol.exp() - mu, 0.0) / s_e
+        b = present * self.loading * s_f / s_e
+        d, dof, signal = present.sum(dim=1), self.degrees_of_freedom, (b**2).sum(dim=1)
+        square = (z**2).sum(dim=1) - (b * z).sum(dim=1) ** 2 / (1 + signal)
+        log_det = 2 * (present * (self.log_vol + s_e.log())).sum(dim=1) + torch.log1p(signal)
+        scale = torch.lgamma((dof + d) / 2) - torch.lgamma(dof / 2) - d / 2 * torch.log((dof - 2) * torch.pi)
+        return (scale - 0.5 * log_det - 0.5 * (dof + d) * torch.log1p(square / (dof - 2))).sum() / d.sum()
 
     @torch.no_grad()
     def sample(self, before: np.ndarray, labels: np.ndarray, bars: int, rngs: list[np.random.Generator]) -> np.ndarray:
-        """(H, bars, N) log returns that follow the market returns `before` (H, WINDOW), each path with one label (H,) and
-        random numbers of its own; the market that a bar is conditioned on is the path's own mean over the N symbols."""
+        """(H, bars, N) log returns of H paths that go on from the market returns `before` (H, WINDOW), each with its label (H,)
+        and random numbers; the market that a bar is conditioned on becomes the mean over the path's own N symbols."""
         dof, loading, vol = self.degrees_of_freedom.item(), self.loading.numpy(), self.log_vol.exp().numpy()
         mixing = np.stack([np.sqrt((dof - 2) / rng.chisquare(dof, bars)) for rng in rngs])
-        shocks = np.stack([rng.standard_normal((bars, len(vol) + 1)) for rng in rngs]) * mixing[..., None]
+        shocks = mixing[..., None] * np.stack([rng.standard_normal((bars, len(vol) + 1)) for rng in rngs])
         paths = np.empty((len(rngs), bars, len(vol)))
         for t in range(bars):
-            mu, s_f, s_e = (x.numpy()[:, None] for x in self(before, labels))
+            mu, s_f, s_e = (x.numpy() for x in self(self.inputs(before, labels)))
             paths[:, t] = vol * (mu + loading * s_f * shocks[:, t, :1] + s_e * shocks[:, t, 1:])
             before = np.column_stack([before[:, 1:], paths[:, t].mean(axis=1)])
         return paths
 
 
-def fit(
-    returns: np.ndarray, before: np.ndarray, labels: np.ndarray, num_labels: int, seed: int, name: str = "returns"
-) -> ReturnModel:
+def fit(returns: np.ndarray, before: np.ndarray, labels: np.ndarray, num_labels: int, seed: int) -> ReturnModel:
     """The ReturnModel of log returns (B, N), NaN where a symbol has none, in the order of time, given the market returns of the
     WINDOW bars before each, `before` (B, WINDOW), and its label (B,), 0 .. num_labels - 1.
 
     Adam on the first 1 - HELD_OUT of the bars, until the likelihood of the others has not risen for PATIENCE steps; the
-    parameters are those of their best. Raises PanelError, with `name`, if a likelihood or a parameter is not finite.
+    parameters are those of their best. Raises PanelError if no price moves, or a likelihood or parameter is not finite.
     """
     cut = len(returns) - max(1, round(HELD_OUT * len(returns)))
-    early, late = ((returns[part], before[part], labels[part]) for part in (slice(cut), slice(cut, None)))
-    model = ReturnModel(*early, num_labels, seed)
+    model = ReturnModel(returns[:cut], before[:cut], labels[:cut], num_labels, seed)
+    x, y = model.inputs(before, labels), torch.from_numpy(returns)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    best, best_step, kept = -np.inf, 0, None
+    best, best_step, kept = -np.inf, 0, {}
     for step in range(STEPS):
         with torch.no_grad():
-            held_out = model.log_likelihood(*late).sum().item() / (~np.isnan(late[0])).sum()
-        loss = -model.log_likelihood(*early).sum() / (~np.isnan(early[0])).sum()
-        if not (np.isfinite(held_out) and torch.isfinite(loss)):
+            held_out = model.log_likelihood(x[cut:], y[cut:]).item()
+        likelihood = model.log_likelihood(x[:cut], y[:cut])
+        finite = all(torch.isfinite(p).all() for p in model.parameters()) and torch.isfinite(likelihood)
+        if not (finite and np.isfinite(held_out)):
             raise PanelError(
-                f"{name}: the return model's likelihood at step {step} is {-loss.item():g}, {held_out:g} held out, expected "
-                "finite numbers: do the prices of some symbol move?"
+                f"the return model at step {step} has likelihood {likelihood.item():g}, {held_out:g} on held-out bars, expected "
+                "finite likelihoods and parameters"
             )
         if held_out > best:
             best, best_step, kept = held_out, step, deepcopy(model.state_dict())
         elif step - best_step >= PATIENCE:
             break
         optimizer.zero_grad()
-        loss.backward()
+        (-likelihood).backward()
         optimizer.step()
     model.load_state_dict(kept)
-    model.held_out = float(best)
+    model.held_out = best
     return model
 
 
@@ -330,16 +342,14 @@ def _consecutive(panel: Panel, rows: np.ndarray) -> np.ndarray:
     return (np.diff(rows) == 1) & (np.diff(panel.segment_of_row[rows]) == 0)
 
 
-def _runs(
-    source: Panel, usable: np.ndarray, labels: np.ndarray, wanted: tuple[int, ...], scenario: Scenario
-) -> list[np.ndarray]:
+def _runs(source: Panel, usable: np.ndarray, labels: np.ndarray, wanted: tuple[int, ...], names: str) -> list[np.ndarray]:
     """Runs of consecutive usable rows with a wanted label. Raises PanelError if these are fewer than FEWEST rows."""
     rows = np.flatnonzero(usable & np.isin(labels, wanted))
     if len(rows) < FEWEST:
-        found = {k: int((usable & (labels == k)).sum()) for k in range(scenario.num_labels)}
+        found = {int(k): int(n) for k, n in zip(*np.unique(labels[usable & (labels >= 0)], return_counts=True))}
         raise PanelError(
-            f"{source.name}: too few bars: {len(rows)} with a label in {wanted}, expected at least {FEWEST}; usable bars of each "
-            f"label of {scenario.label_names}: {found}"
+            f"{source.name}: too few bars: {len(rows)} with a label in {wanted} of {names}, expected at least {FEWEST}; labels "
+            f"and their numbers of usable bars: {found}"
         )
     return np.split(rows, np.flatnonzero(~_consecutive(source, rows)) + 1)
 
