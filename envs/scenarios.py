@@ -88,22 +88,16 @@ class Scenario:
 
         expect(self.model in MODELS, "model", f"one of {MODELS}")
         expect(self.macro is None or isinstance(self.macro, str), "macro", "the name of an extra series, or None")
-        expect(
-            self.labels and set(self.labels) <= set(range(self.num_labels)) and len(set(self.labels)) == len(self.labels),
-            "labels", f"one or more different numbers of 0 .. {self.num_labels - 1}: {self.label_names}",
-        )  # fmt: skip
+        choices, given = set(range(len(self.names))), self.labels
+        ok = isinstance(given, tuple) and given and set(given) <= choices and len(set(given)) == len(given)
+        expect(ok, "labels", f"a tuple of different numbers of 0 .. {len(choices) - 1}: {', '.join(self.names)}")
         expect(self.block >= 1, "block", "at least 1")
         expect(0 < self.severity < np.inf, "severity", "a positive number")
 
     @property
-    def num_labels(self) -> int:
-        """How many labels there are to choose from."""
-        return len(REGIMES) if self.macro is None else BINS
-
-    @property
-    def label_names(self) -> str:
-        """What the labels are, for messages."""
-        return ", ".join(REGIMES) if self.macro is None else f"the bins of {self.macro!r}"
+    def names(self) -> tuple[str, ...]:
+        """What each label is called in messages."""
+        return REGIMES if self.macro is None else tuple(f"{self.macro} bin {k}" for k in range(BINS))
 
 
 def stress_panel(panel: Panel, split: Split, scenario: Scenario, histories: int, bars: int, seed: int) -> Panel:
@@ -140,7 +134,7 @@ def stress_panel(panel: Panel, split: Split, scenario: Scenario, histories: int,
     before[source.segments] = np.nan
     usable = present.any(axis=1) & ~(learned & np.isnan(before).any(axis=1))
     pools = [
-        _runs(source, usable, labels, wanted, scenario.label_names)
+        _runs(source, usable, labels, wanted, scenario.names)
         for wanted in ([(k,) for k in scenario.labels] if learned else [scenario.labels])
     ]
     rngs = [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(j,))) for j in range(histories)]
@@ -149,7 +143,7 @@ def stress_panel(panel: Panel, split: Split, scenario: Scenario, histories: int,
     hidden = {"label": labels[rows].ravel()}
     if learned:
         fitted, first = usable & (labels >= 0), rows[:, 0]
-        model = fit(logs["close"][fitted], before[fitted], labels[fitted], scenario.num_labels, seed)
+        model = fit(logs["close"][fitted], before[fitted], labels[fitted], len(scenario.names), seed)
         close = model.sample(before[first], labels[first], bars, rngs)
         hidden["held_out"] = np.array(model.held_out)
         for cells, label, rng in zip(picked, labels[first], rngs):
@@ -161,7 +155,7 @@ def stress_panel(panel: Panel, split: Split, scenario: Scenario, histories: int,
 
     drawn = {name: pick(values) for name, values in logs.items()}
     if learned:
-        drawn = _shaped(drawn, close.reshape(picked.shape), _gap_share(logs))
+        drawn = _shaped(drawn, close.reshape(picked.shape), logs)
     drawn = {name: scenario.severity * values for name, values in drawn.items()}
     for name, extreme in (("high", np.maximum), ("low", np.minimum)):
         if name in drawn:  # the severity also multiplies the rounding of a file's float32 prices, beyond what Panel tolerates
@@ -210,7 +204,7 @@ class ReturnModel(torch.nn.Module):
         vol = np.sqrt(np.nansum(returns**2, axis=0) / np.maximum(count, 1))
         known = (vol > 0) & (count >= min(FEWEST, len(returns)))
         if not known.any():
-            raise PanelError(f"no symbol has {min(FEWEST, len(returns))} returns, some not 0, to start from")
+            raise PanelError("return model: no price moves, expected one that does among the first training bars")
         vol = np.where(known, vol, np.median(vol[known]))  # a symbol of few bars: as a usual one
         scaled = returns / vol
         factor = _market(scaled)
@@ -228,9 +222,8 @@ class ReturnModel(torch.nn.Module):
         start = {"log_vol": np.log(vol), "loading": loading, "dof": 2.0}
         start["label"] = [constants((labels == k) | ~enough[k]) for k in range(num_labels)]
         generator = torch.Generator().manual_seed(seed)
-        start["hidden"] = (
-            torch.randn((num_labels + 2, HIDDEN), generator=generator, dtype=torch.float64) / (num_labels + 2) ** 0.5
-        )
+        hidden = torch.randn((num_labels + 2, HIDDEN), generator=generator, dtype=torch.float64)
+        start["hidden"] = hidden / (num_labels + 2) ** 0.5
         start |= {"bias": np.zeros(HIDDEN), "out": np.zeros((HIDDEN, 3))}
         for name, value in start.items():
             self.register_parameter(name, torch.nn.Parameter(torch.as_tensor(value, dtype=torch.float64)))
@@ -297,10 +290,8 @@ def fit(returns: np.ndarray, before: np.ndarray, labels: np.ndarray, num_labels:
         likelihood = model.log_likelihood(x[:cut], y[:cut])
         finite = all(torch.isfinite(p).all() for p in model.parameters()) and torch.isfinite(likelihood)
         if not (finite and np.isfinite(held_out)):
-            raise PanelError(
-                f"the return model at step {step} has likelihood {likelihood.item():g}, {held_out:g} on held-out bars, expected "
-                "finite likelihoods and parameters"
-            )
+            found = f"log-likelihood {likelihood.item():g}, held out {held_out:g}"
+            raise PanelError(f"return model: {found} at step {step}, expected finite numbers and parameters")
         if held_out > best:
             best, best_step, kept = held_out, step, deepcopy(model.state_dict())
         elif step - best_step >= PATIENCE:
@@ -316,9 +307,8 @@ def fit(returns: np.ndarray, before: np.ndarray, labels: np.ndarray, num_labels:
 def _rows(panel: Panel, split: Split) -> np.ndarray:
     """The rows of the split, ascending."""
     if split.ranges[-1, 1] > panel.num_bars:
-        raise PanelError(
-            f"{panel.name}: split {split.name!r} ends at row {split.ranges[-1, 1]}, expected at most {panel.num_bars}"
-        )
+        found = f"split {split.name!r} ends at row {split.ranges[-1, 1]}"
+        raise PanelError(f"{panel.name}: {found}, expected at most {panel.num_bars}")
     return np.concatenate([np.arange(start, stop) for start, stop in split.ranges])
 
 
@@ -342,14 +332,14 @@ def _consecutive(panel: Panel, rows: np.ndarray) -> np.ndarray:
     return (np.diff(rows) == 1) & (np.diff(panel.segment_of_row[rows]) == 0)
 
 
-def _runs(source: Panel, usable: np.ndarray, labels: np.ndarray, wanted: tuple[int, ...], names: str) -> list[np.ndarray]:
+def _runs(source: Panel, usable: np.ndarray, labels: np.ndarray, wanted: tuple[int, ...], names: tuple) -> list[np.ndarray]:
     """Runs of consecutive usable rows with a wanted label. Raises PanelError if these are fewer than FEWEST rows."""
     rows = np.flatnonzero(usable & np.isin(labels, wanted))
     if len(rows) < FEWEST:
-        found = {int(k): int(n) for k, n in zip(*np.unique(labels[usable & (labels >= 0)], return_counts=True))}
+        found = {name: int((usable & (labels == k)).sum()) for k, name in enumerate(names)}
+        asked = " or ".join(names[k] for k in wanted)
         raise PanelError(
-            f"{source.name}: too few bars: {len(rows)} with a label in {wanted} of {names}, expected at least {FEWEST}; labels "
-            f"and their numbers of usable bars: {found}"
+            f"{source.name}: too few bars: {len(rows)} are {asked}, expected at least {FEWEST}; usable bars by label: {found}"
         )
     return np.split(rows, np.flatnonzero(~_consecutive(source, rows)) + 1)
 
@@ -395,24 +385,19 @@ def _fill(cells: np.ndarray, present: np.ndarray, labelled: np.ndarray, rng: np.
         column[absent] = rng.choice(own, absent.sum())
 
 
-def _gap_share(logs: dict[str, np.ndarray]) -> np.ndarray:
-    """(N,) slope of a bar's opening gap on its return, through the origin; 0 in panels without opens."""
-    if "open" not in logs:
-        return np.zeros(logs["close"].shape[1])
-    return np.nansum(logs["open"] * logs["close"], axis=0) / np.maximum(np.nansum(logs["close"] ** 2, axis=0), LEAST_VOL**2)
+def _shaped(drawn: dict[str, np.ndarray], close: np.ndarray, logs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Bars that end at `close` (M, N) in the shape of `drawn` bars of `logs`, all logs over the close before.
 
-
-def _shaped(drawn: dict[str, np.ndarray], close: np.ndarray, gap_share: np.ndarray) -> dict[str, np.ndarray]:
-    """Bars that end at `close` (M, N) in the shape of `drawn` ones, all logs over the close before.
-
-    The gap is the drawn one, moved by its regression on the return: a share of the return would be anything where the drawn
-    return is near 0. High and low are as far beyond open and close as they were.
+    The gap is the drawn one, moved by each symbol's regression (through 0) of its gaps on its returns: the same share of the
+    return would be anything where the drawn return is near 0. High and low are as far beyond open and close as they were.
     """
     made = {"close": close}
     if "open" in drawn:
-        made["open"] = drawn["open"] + gap_share * (close - drawn["close"])
+        square = np.maximum(np.nansum(logs["close"] ** 2, axis=0), LEAST_VOL**2)
+        made["open"] = drawn["open"] + np.nansum(logs["open"] * logs["close"], axis=0) / square * (close - drawn["close"])
+    body = tuple(made)
     for name, extreme in (("high", np.maximum), ("low", np.minimum)):
         if name in drawn:
-            reach = drawn[name] - extreme.reduce([drawn[k] for k in made if k in ("open", "close")])
-            made[name] = extreme.reduce([made[k] for k in ("open", "close") if k in made]) + reach
+            reach = drawn[name] - extreme.reduce([drawn[k] for k in body])
+            made[name] = extreme.reduce([made[k] for k in body]) + reach
     return made
