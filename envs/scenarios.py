@@ -251,7 +251,7 @@ class ReturnModel(torch.nn.Module):
         mu, s_f, s_e = self(x)
         z = torch.where(present, returns.nan_to_num() / self.log_vol.exp() - mu, 0.0) / s_e
         b = present * self.loading * s_f / s_e
-        d, dof, signal = present.sum(dim=1), self.degrees_of_freedom, (b**2).sum(dim=1)
+        d, dof, signal = present.sum(dim=1, dtype=torch.float64), self.degrees_of_freedom, (b**2).sum(dim=1)
         square = (z**2).sum(dim=1) - (b * z).sum(dim=1) ** 2 / (1 + signal)
         log_det = 2 * (present * (self.log_vol + s_e.log())).sum(dim=1) + torch.log1p(signal)
         scale = torch.lgamma((dof + d) / 2) - torch.lgamma(dof / 2) - d / 2 * torch.log((dof - 2) * torch.pi)
