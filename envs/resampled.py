@@ -99,7 +99,7 @@ class Bootstrap(Chronological):
                     f"{panel.name}: too few bars: {fewest} with a return to draw {split.name} bars from, expected at least 2"
                 )
             longest = max(pools, key=len)
-            times.append(self._calendar(panel, longest, self.bars or len(longest)))
+            times.append(calendar(panel, longest, self.bars or len(longest)))
             histories = {"train": self.train, "val": self.val, "test": self.paths}[split.name]
             for j in range(histories):
                 rng = generators(SPLIT_NAMES.index(split.name), j)
@@ -109,17 +109,6 @@ class Bootstrap(Chronological):
         starts = np.cumsum([0, *map(len, rows[:-1])])
         made = compound(panel, previous, np.concatenate(rows), starts)
         return replace(panel, timestamps=np.concatenate(times), segments=starts, segment_split=tuple(labels), **made)
-
-    @staticmethod
-    def _calendar(panel: Panel, rows: np.ndarray, bars: int) -> np.ndarray:
-        """(bars,) the times of `rows`, cut, or continued by the same bar lengths all over again: as many bars per year."""
-        times = panel.timestamps[rows]
-        span = times[-1] - times[0]
-        rounds, within = divmod(bars - 1, len(times) - 1)
-        if rounds > (LAST_TIME - times[within]) // span:
-            raise PanelError(f"{panel.name}: {bars=} from {times[0]!s:.10} end after {LAST_TIME!s:.10}, expected fewer bars")
-        rounds, within = np.divmod(np.arange(bars), len(times) - 1)
-        return times[within] + rounds * span
 
 
 @dataclass(frozen=True)
@@ -195,6 +184,18 @@ def _parse(spec: str) -> tuple[Shuffled | Bootstrap | Crossed, str]:
     if not market:
         raise PanelError(f"--market {spec}: no market to draw from, expected one at the end, such as {spec.rstrip(':')}:sp500")
     return config, market
+
+
+def calendar(panel: Panel, rows: np.ndarray, bars: int) -> np.ndarray:
+    """(bars,) the times of `rows`, two or more, cut, or continued by the same bar lengths all over again: as many bars per
+    year. Raises PanelError if they reach beyond 2262."""
+    times = panel.timestamps[rows]
+    span = times[-1] - times[0]
+    rounds, within = divmod(bars - 1, len(times) - 1)
+    if rounds > (LAST_TIME - times[within]) // span:
+        raise PanelError(f"{panel.name}: {bars=} from {times[0]!s:.10} end after {LAST_TIME!s:.10}, expected fewer bars")
+    rounds, within = np.divmod(np.arange(bars), len(times) - 1)
+    return times[within] + rounds * span
 
 
 def previous_close(panel: Panel) -> np.ndarray:
