@@ -333,6 +333,23 @@ def test_features_of_the_window(fitted):
     np.testing.assert_allclose(x[:, 3:], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_what_the_model_is_fitted_to(ragged, monkeypatch):
+    """Each training bar with its label, and the market at the WINDOW bars before it, in the same history."""
+    given, original = [], scenarios.fit
+    monkeypatch.setattr(scenarios, "fit", lambda *args: given.append(args) or original(*args))
+    panel = replace(ragged, segments=np.array([0, 150]))
+    panel = replace(panel, extras=panel.extras | {"macro": np.where(np.arange(480) % 7 == 0, np.nan, panel.extras["macro"])})
+    split = Split("train", np.array([[0, 150], [150, 400]]))
+    stress_panel(panel, split, Scenario("learned", labels=(0,), macro="macro"), 1, 2, seed=3)
+    moves = log_moves(panel, "close", base=np.nan)
+    rows = [t for t in (*range(21, 150), *range(171, 400)) if t % 7]
+    ((returns, before, labels, num_labels, seed),) = given
+    np.testing.assert_allclose(returns, moves[rows], rtol=1e-12)
+    np.testing.assert_allclose(before, [np.nanmean(moves[t - 20 : t], axis=1) for t in rows], rtol=1e-9)
+    assert_same_bits(labels, macro_labels(panel, "macro", split)[rows])
+    assert num_labels == 3 and seed == 3
+
+
 def test_a_label_stays_and_each_is_as_likely(crashes):
     made = stress_panel(crashes, SPLIT, Scenario("learned", labels=(0, 3)), 200, 30, seed=0)
     held = made.hidden["label"].reshape(200, 30)
