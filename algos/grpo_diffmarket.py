@@ -564,12 +564,12 @@ if __name__ == "__main__":
             sys.exit(
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} to {high} with --estimator {args.estimator}"
             )
-    c = args.portfolio
-    long_only = c.constraints == LONG_ONLY
+    c, long_only = args.portfolio, args.portfolio.constraints == LONG_ONLY
+    left_over = c.asset_cap < 1 or args.kill_drawdown is not None  # weight that only cash can hold
     for refused, flag, expected in (
         (c.groups is not None, "groups", "none"), (c.net is not None, "net", "none: see --neutral market"),
         (c.leverage, "leverage", "no such action"), (long_only and c.orders != "target", "orders", "target in long_only"),
-        (long_only and not c.cash and (c.asset_cap < 1 or args.kill_drawdown is not None), "no-cash", "cash, to hold what is left over"),
+        (long_only and not c.cash and left_over, "no-cash", "cash, to hold what caps and kill switch leave over"),
         (long_only and args.neutral != "none", "neutral", "none in long_only"),
         (long_only and args.pairs > 0, "pairs", "0 in long_only"),
         (not long_only and args.policy == "dirichlet", "policy", "gaussian in long_short"),

@@ -59,7 +59,8 @@ class Args:
     repeats: int = 0
     """rounds of every interleaved comparison (0: 11, with --quick 3); those that train run a third as many"""
     only: tuple[str, ...] = ()
-    """sections to run: memory, env, lookback, rollout, peers, training, portfolio-peers, portfolio-training (all by default)"""
+    """sections to run: memory, env, lookback, rollout, peers, training, portfolio-peers, portfolio-training,
+    diffmarket (all by default)"""
     market: str = "synthetic:leadlag:val=1:test=1"
     """market of the sections on LeadLag-v0 but memory: by default the training histories that the script has by default"""
     portfolio: str = "synthetic:noise:assets=30:val=1:test=1"
@@ -481,8 +482,8 @@ NOTES = {
     "importing gym_trading_env makes every later warning an error: undone here.",
     "portfolio-peers": "A step decides on all symbols at once; gym-trading-env has one market per symbol, stepped one after "
     "the other, without the rebalancing between them.",
-    "diffmarket": "Pathwise gradients. Prices do not depend on orders, so the script reads a window once for all of its rollouts; "
-    "the loop reads the last bars again at each bar, for each rollout, as an environment's observation would hold them.",
+    "diffmarket": "Pathwise gradients. Prices do not depend on orders, so the script reads a window once for all of its "
+    "rollouts; the loop reads the last bars again at each bar, for each rollout, as an environment's observation would.",
     "training": f"SB3 has the script's networks, {EPOCHS} epochs and {MINIBATCHES} minibatches per epoch, after a warm-up, on "
     "the same tables, without action masks (a masked action keeps the lookback). The script runs as a process; its steps/s "
     "leave out start-up, validation backtests and the final report.",

@@ -13,10 +13,10 @@ CLIP = 5.0
 def ohlc_features(panel: Panel) -> np.ndarray:
     """(T, N, len(OHLC_FEATURES)) float32 description of every symbol's last bar.
 
-    gap: log(open / last close before the bar), body: log(close / open), range: log(high / low), each over the volatility (root
-    mean square log return) of the WINDOW bars before; where the close lies in the bar's range, -1 at the low, 1 at the high;
-    log(volume / mean volume of the WINDOW bars before), 0 without volume. Within +-CLIP; 0 where a symbol has no bar, or none before
-    it in its history. Raises PanelError if the panel has no open, high or low.
+    gap: log(open / last close before the bar), body: log(close / open), range: log(high / low), each over the volatility
+    (root mean square log return) of the WINDOW bars before; where the close lies in the bar's range, -1 at the low, 1 at
+    the high; log(volume / mean volume of the WINDOW bars before), 0 without volume. Within +-CLIP; 0 where a symbol has no
+    bar, or none before it in its history. Raises PanelError if the panel has no open, high or low.
     """
     for name in ("open", "high", "low"):
         if getattr(panel, name) is None:
@@ -43,9 +43,9 @@ def ohlc_features(panel: Panel) -> np.ndarray:
 def wavelet_features(panel: Panel, levels: int = 5) -> np.ndarray:
     """(T, N, levels) float32 details of the standardised returns x at scales of 2, 4, ..., 2^levels bars.
 
-    The causal a trous Haar transform (Renaud, Starck & Murtagh 2005): c_0 = x; c_j(t) = (c_j-1(t) + c_j-1(t - 2^(j-1))) / 2, the
-    mean of the last 2^j bars, 0 before a history begins; detail d_j = c_j-1 - c_j, half the difference of two means of 2^(j-1)
-    bars. White noise of variance 1 has details of variance 2^-j: they are multiplied by sqrt(2^j).
+    The causal a trous Haar transform (Renaud, Starck & Murtagh 2005): c_0 = x; c_j(t) = (c_j-1(t) + c_j-1(t - 2^(j-1))) / 2,
+    the mean of the last 2^j bars, 0 before a history begins; detail d_j = c_j-1 - c_j, half the difference of two means of
+    2^(j-1) bars. White noise of variance 1 has details of variance 2^-j: they are multiplied by sqrt(2^j).
     Raises ValueError for levels outside 1..12.
     """
     if not 1 <= levels <= 12:

@@ -4,9 +4,9 @@ Gradients flow through orders, fills, every cost, carry and the weights held fro
 its own accounts. Prices are given: nobody's order moves them beyond its own impact cost, which is what makes these gradients
 exact. The kernel stays the reference; a test holds the two together to 1e-9 in float64.
 
-The equity after costs is the root of a convex function, found without gradients by the kernel's Newton iteration. One more Newton
-step, this time with gradients, leaves the root where it is and has the derivative of the implicit function theorem
-(Krantz & Parks 2002), f_x / f_E: no iteration is kept for the backward pass. First derivatives only.
+The equity after costs is the root of a convex function, found without gradients by the kernel's Newton iteration. One more
+Newton step, this time with gradients, leaves the root where it is and has the derivative of the implicit function theorem
+(Krantz & Parks 2002), -f_x / f_E: no iteration is kept for the backward pass. First derivatives only.
 """
 
 from typing import NamedTuple
@@ -35,15 +35,15 @@ class Account(NamedTuple):
 
 class Step(NamedTuple):
     account: Account  # at the next mark
-    growth: Tensor  # (...) equity at the next mark over equity at this one; not below RUIN
+    growth: Tensor  # (...) equity at the next mark over equity at this one; 1 where the account was ruined before
     record: dict[str, Tensor] | None  # (...) each, as in costs.RECORD, where asked for
 
 
 class DiffMarket:
     """What `execution` and `costs` say about every bar, as tensors of `dtype` on `device`.
 
-    smooth: below trades of about this size (a fraction of equity) the cost of a trade x rises with sqrt(x^2 + smooth^2) - smooth
-    in place of |x|, which costs nothing at 0 too, never more, and has a gradient everywhere. 0: |x|, exact.
+    smooth: costs count a trade x (a fraction of equity) as sqrt(x^2 + smooth^2) - smooth in place of |x|: nothing at 0 too, never
+    more, and with a gradient everywhere. 0: |x|, exact.
     Raises ValueError for a negative or infinite `smooth`.
     """
 
@@ -80,9 +80,8 @@ class DiffMarket:
     def step(self, account: Account, target: Tensor, rows: Tensor, record: bool = False) -> Step:
         """One bar of money: trade from the weights held to `target` (..., N), then hold to the next mark.
 
-        rows: (...) int64, the bar at which each order is decided, or of a shape that broadcasts, such as (window, 1). An account
-        that is ruined (equity <= RUIN) holds nothing and stays as it is; the equity of one that is ruined now becomes what
-        the kernel makes of it.
+        rows: (...) int64, the bar at which each order is decided, or of a shape that broadcasts, such as (window, 1). An
+        account that is ruined (equity <= RUIN) stays as it is, without weights; one that is ruined now ends as in the kernel.
         """
         fill, mark, can_trade, open_, *impact = self._tables[rows].unbind(-2)
         alive = account.equity > RUIN

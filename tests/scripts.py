@@ -34,7 +34,7 @@ COMMON = (
 UNLIKE = {"args", "train_seconds", "wall_clock", "sps", "git_commit"}  # in run.json, between two runs of the same seed
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Script:
     """A script, the short run that its tests share, and what in a run is its own."""
 
@@ -78,7 +78,7 @@ class Script:
         return load_costs(self.costs)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOScript(Script):
     """With what the tests of PPO's arithmetic need to know."""
 
