@@ -555,14 +555,15 @@ if __name__ == "__main__":
         args = Args(**{**saved, "portfolio": PortfolioConfig(**saved["portfolio"]), "resume": args.resume})
     for flag, low, high in (
         ("num_windows", 1, np.inf), ("group_size", 1 if args.estimator == "pathwise" else 2, np.inf), ("horizon", 2, np.inf),
-        ("microbatches", 2 if args.estimator == "mix" else 1, args.num_windows), ("lookback", 1, np.inf), ("hidden", 1, np.inf),
-        ("embedding", 0, np.inf), ("update_epochs", 1, 1 if args.estimator == "mix" else 4), ("eval_every", 1, np.inf),
-        ("checkpoint_every", 1, np.inf), ("stress_share", 0, 1), ("stress_histories", 1, np.inf), ("stress_candidates", 1, np.inf),
-        ("kill_width", 1e-6, np.inf), ("cvar_alpha", 1e-6, 1), ("ema_decay", 0, 1),
+        ("microbatches", 2 if args.estimator == "mix" else 1, args.num_windows), ("update_epochs", 1, 4),
+        ("lookback", 1, np.inf), ("hidden", 1, np.inf), ("embedding", 0, np.inf), ("eval_every", 1, np.inf),
+        ("checkpoint_every", 1, np.inf), ("stress_share", 0, 1), ("stress_histories", 1, np.inf),
+        ("stress_candidates", 1, np.inf), ("kill_width", 1e-6, np.inf), ("cvar_alpha", 1e-6, 1), ("ema_decay", 0, 1),
     ):  # fmt: skip
         if not low <= getattr(args, flag) <= high:
+            expected = f"{low} to {high}" if high < np.inf else f"at least {low}"
             sys.exit(
-                f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {low} to {high} with --estimator {args.estimator}"
+                f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {expected}, with --estimator {args.estimator}"
             )
     c, long_only = args.portfolio, args.portfolio.constraints == LONG_ONLY
     left_over = c.asset_cap < 1 or args.kill_drawdown is not None  # weight that only cash can hold

@@ -42,8 +42,8 @@ class Step(NamedTuple):
 class DiffMarket:
     """What `execution` and `costs` say about every bar, as tensors of `dtype` on `device`.
 
-    smooth: costs count a trade x (a fraction of equity) as sqrt(x^2 + smooth^2) - smooth in place of |x|: nothing at 0 too, never
-    more, and with a gradient everywhere. 0: |x|, exact.
+    smooth: costs count a trade x (a fraction of equity) as sqrt(x^2 + smooth^2) - smooth in place of |x|: nothing at 0 too,
+    never more, and with a gradient everywhere. 0: |x|, exact.
     Raises ValueError for a negative or infinite `smooth`.
     """
 

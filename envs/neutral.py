@@ -82,10 +82,10 @@ def clusters(panel: Panel, split: Split, count: int) -> np.ndarray:
 
 
 def pairs(panel: Panel, split: Split, count: int) -> np.ndarray:
-    """(N, count) weights of the `count` closest pairs of symbols: 1/2 of one, -1/2 of the other; from the rows of `split` alone.
+    """(N, count) weights of the `count` closest pairs of symbols, 1/2 and -1/2; from the rows of `split` alone.
 
     The distance method of Gatev, Goetzmann & Rouwenhorst 2006: the smallest mean squared difference of log prices that start
-    at 0, over bars that both have, at least half of all; each symbol is in one pair at most. Raises PanelError if there are fewer.
+    at 0, over bars that both have, at least half of all; a symbol is in one pair at most. Raises PanelError for too few pairs.
     """
     returns, known = _training_returns(panel, split)
     enough = (known.T.astype(float) @ known) >= max(FEWEST, 0.5 * len(known))

@@ -121,6 +121,7 @@ SCRIPTS = {
             make_agent=grpo_agent,
             losses=("utility", "grad_norm", "approx_kl", "clipfrac", "pathwise_share", "log_std"),
             kept=("reference", "variances"),
+            columns=(*LEDGER[:-1], *GUARDS, "action"),
             unexplained=("costs",),
         ),
         PPOScript(
@@ -150,7 +151,8 @@ SCRIPTS = {
             own=("--gross", "2", "--asset-cap", "0.8", "--guard-turnover", "0.06", "--guard-drawdown", "0.05"),
             given={
                 "portfolio": {"gross": 2.0, "asset_cap": 0.8, "orders": "change"},
-                "guard": {"guard_turnover": 0.06, "guard_drawdown": 0.05, "guard_return": None}, "num_envs": 64, "num_steps": 16,
+                "guard": {"guard_turnover": 0.06, "guard_drawdown": 0.05, "guard_return": None},
+                "num_envs": 64, "num_steps": 16,
             },
             score="utility",
             others=("equal weight", "closed form", "without guard"),

@@ -32,7 +32,8 @@ import argparse, hashlib, json, os, shutil, sys, time
 from pathlib import Path
 
 parser = argparse.ArgumentParser(allow_abbrev=False)
-for flag in ("market", "seed", "runs-dir", "num-threads", "resume", "total-timesteps", "costs", "fill", "folds", "fold", "start", "end"):
+known = "market seed runs-dir num-threads resume total-timesteps costs fill folds fold start end"
+for flag in known.split():
     parser.add_argument(f"--{flag}")
 parser.add_argument("--only", nargs="*", default=["equal-weight", "momentum", "random"])
 args = parser.parse_args()

@@ -1,5 +1,5 @@
-"""What every script in algos/ must satisfy: what it leaves behind, that it can be repeated, killed and resumed, and what it says
-of bad input. What the PPO scripts have in common is in test_ppo_scripts.py, what is one script's own in test_<script>.py."""
+"""What every script in algos/ must satisfy: what it leaves behind, that it can be repeated, killed and resumed, and what it
+says of bad input. What PPO scripts have in common is in test_ppo_scripts.py, what is one script's own in test_<script>.py."""
 
 import dataclasses
 import hashlib
@@ -15,19 +15,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_bits
+from conftest import ROOT
 from scripts import (
     ITERATIONS,
     SCRIPTS,
     Run,
     actions_of,
     assert_same_content,
-    assert_same_ledger,
     assert_same_run,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from envs import ledger, portfolio_references, references
+from envs import ledger
 from envs.costs import RECORD
 from envs.synthetic import make_panel
 
