@@ -112,10 +112,10 @@ class Args:
     """share of the training windows taken from stress scenarios (envs/scenarios.py), made of training bars"""
     stress_model: Literal["bootstrap", "learned"] = "bootstrap"
     """blocks of bars with the wanted label, or a small model of returns given the label"""
-    stress_labels: tuple[int, ...] = (3,)
-    """labels to draw from: 0 calm and rising, 1 calm and falling, 2 volatile and rising, 3 volatile and falling"""
+    stress_labels: tuple[int, ...] = ()
+    """labels to draw from: 0 calm and rising, 1 calm and falling, 2 volatile and rising, 3 volatile and falling (default 3)"""
     stress_macro: str | None = None
-    """global series of the market whose terciles (0, 1, 2) are the labels instead"""
+    """global series of the market whose terciles 0, 1, 2 are the labels instead (default 2)"""
     stress_severity: float = 1.0
     """factor on their log returns"""
     stress_histories: int = 64
@@ -436,7 +436,7 @@ def trade(args, agent, market, account, encoded, bar, rows, noise, pair_projecti
 def roll_out(args, agent, market, tables, rows, group, explore=True, pair_projection=None, step=trade):
     """`group` rollouts from cash through each window of rows (B, H); same prices, other actions. Differentiable."""
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=args.amp):
-        encoded = agent.encode(tables, rows).float()
+        encoded = agent.encode(tables, rows).to(market.dtype)
     account = market.account(len(rows), group)
     horizon = rows.shape[1]
     noise = [None] * horizon
@@ -504,6 +504,21 @@ def advantages_of(args, rewards, utility, horizon):
     return (to_go - to_go.mean(1, keepdim=True)) * group / (group - 1)
 
 
+def rows_of(starts, horizon):
+    return starts.unsqueeze(-1) + torch.arange(horizon, device=starts.device)
+
+
+def worst(args, agent, market, tables, candidates, **options):
+    """(S,) of candidates (S, K), first rows of windows: of each S the one of least utility for the policy as it is."""
+    if candidates.shape[1] == 1:
+        return candidates[:, 0]
+    with torch.no_grad():
+        rows = rows_of(candidates.flatten(), args.horizon)
+        path = roll_out(args, agent, market, tables, rows, 1, explore=False, **options)
+        utility = utility_of(args, tables, rows, path.growth, path.targets).view(candidates.shape)
+    return candidates.gather(1, utility.argmin(1, keepdim=True)).squeeze(1)
+
+
 def pathwise_loss(args, agent, market, tables, rows, reference=None, **options):
     """The utility of windows `rows`, negative: its gradient runs through every bar of the market."""
     path = roll_out(args, agent, market, tables, rows, args.group_size, **options)
@@ -515,7 +530,7 @@ def pathwise_loss(args, agent, market, tables, rows, reference=None, **options):
 def grpo_loss(args, agent, tables, rows, path, advantages, old_log_probs, reference=None):
     """The clipped surrogate of PPO over rollouts `path` of windows `rows`; also the ratios of the probabilities."""
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=args.amp):
-        encoded = agent.encode(tables, rows).float()
+        encoded = agent.encode(tables, rows).to(path.states.dtype)
     scores = agent.decide(encoded.unsqueeze(1), path.states)
     mask = choices(agent, tables.present[rows].unsqueeze(1))
     ratio = (agent.log_prob(scores, mask, path.actions) - old_log_probs).exp()
@@ -625,7 +640,8 @@ if __name__ == "__main__":
             raise ValueError(f"--horizon {args.horizon}: expected fewer bars than a range of the training split has")
         stressed = windows[:0]
         if args.stress_share > 0.0:
-            scenario = Scenario(args.stress_model, args.stress_labels, args.stress_macro, severity=args.stress_severity)
+            labels = args.stress_labels or ((2,) if args.stress_macro else (3,))
+            scenario = Scenario(args.stress_model, labels, args.stress_macro, severity=args.stress_severity)
             bars = WARMUP + args.horizon + args.lookback + 1
             extra = stress_panel(panel, splits["train"], scenario, args.stress_histories, bars, args.seed)
             extra_data = PortfolioData(extra, data.config)
@@ -692,19 +708,13 @@ if __name__ == "__main__":
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
 
     def draw_windows():
-        """(B, H) rows; of scenarios, for each window the one of several that is worst for the policy as it is."""
-        stress = int(round(args.stress_share * args.num_windows))
-        starts = windows[torch.randint(len(windows), (args.num_windows - stress,)).to(device)]
-        if stress:
-            candidates = stressed[torch.randint(len(stressed), (stress * args.stress_candidates,)).to(device)]
-            if args.stress_candidates > 1:
-                with torch.no_grad():
-                    at = candidates[:, None] + torch.arange(args.horizon, device=device)
-                    path = roll_out(args, agent, market, tables, at, 1, explore=False, **options)
-                    value = utility_of(args, tables, at, path.growth, path.targets).view(stress, -1)
-                candidates = candidates.view(stress, -1).gather(1, value.argmin(1, keepdim=True)).squeeze(1)
-            starts = torch.cat([starts, candidates])
-        return starts[:, None] + torch.arange(args.horizon, device=device)
+        """(B, H) rows; the share of stress scenarios comes last."""
+        stress = round(args.stress_share * args.num_windows)
+        ordinary = windows[torch.randint(len(windows), (args.num_windows - stress,)).to(device)]
+        if stress == 0:
+            return rows_of(ordinary, args.horizon)
+        drawn = stressed[torch.randint(len(stressed), (stress, args.stress_candidates)).to(device)]
+        return rows_of(torch.cat([ordinary, worst(args, agent, market, tables, drawn, **options)]), args.horizon)
 
     def ranges_of(split):
         """Rows at which a decision is taken, (R, bars) for the ranges of each length."""

@@ -13,7 +13,7 @@ from envs.leadlag_tables import LeadLagData
 from envs.ledger import growth
 from envs.synthetic import load_market
 
-LEADLAG, PORTFOLIO = "ppo_leadlag", "ppo_portfolio"
+LEADLAG, PORTFOLIO, DIFFMARKET = "ppo_leadlag", "ppo_portfolio", "grpo_diffmarket"
 SMALL_BUDGET = ("--total-timesteps", "65536", "--num-envs", "256", "--num-steps", "16", "--eval-every", "4")
 SECONDS = 3600
 
@@ -66,6 +66,26 @@ def test_holds_the_merton_fraction(tmp_path, seed):
     exposure = train(PORTFOLIO, tmp_path, "--market", "synthetic:merton", "--seed", str(seed))["mean_net_exposure"]
     assert exposure["closed form"] == pytest.approx(0.6, rel=0.01)
     assert exposure["agent"] == pytest.approx(0.6, rel=0.10)
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("estimator, least", [("pathwise", 0.97), ("grpo", 0.90)])
+def test_both_gradients_find_the_policy_of_garleanu_and_pedersen(tmp_path, estimator, least, seed):
+    run = train(DIFFMARKET, tmp_path, "--estimator", estimator, "--seed", str(seed))
+    assert run["utility_share"] >= least
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("estimator", ["pathwise", "grpo"])
+def test_both_gradients_hold_the_merton_fraction(tmp_path, estimator, seed):
+    run = train(DIFFMARKET, tmp_path, "--market", "synthetic:merton", "--estimator", estimator, "--seed", str(seed))
+    assert run["mean_net_exposure"]["agent"] == pytest.approx(0.6, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_hedges_with_the_delta_of_black_and_scholes(tmp_path, seed):
+    hedge = train(DIFFMARKET, tmp_path, "--market", "synthetic:black-scholes", "--seed", str(seed))["hedge"]
+    assert hedge["delta RMS error"] <= 0.02 and hedge["hedged"] < 0.15 * hedge["unhedged"]
 
 
 @pytest.mark.parametrize("seed", range(1, 4))

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from envs import scenarios
+from envs import return_model, scenarios
 from envs.panel import Panel, PanelError, Split
 from envs.portfolio_tables import PortfolioData
-from envs.scenarios import BINS, REGIMES, WINDOW, ReturnModel, Scenario, fit, macro_labels, regime_labels, stress_panel
+from envs.return_model import WINDOW, ReturnModel, fit
+from envs.scenarios import BINS, REGIMES, Scenario, macro_labels, regime_labels, stress_panel
 
 LENGTHS = (240, 60, 300, 90, 240, 60, 240, 90)  # calm and crash in turn
 CALM, CRASH = 0, 1
@@ -264,7 +265,7 @@ def test_held_out_likelihood_beats_a_gaussian(fitted):
 
 def test_held_out_bars_only_say_when_to_stop(monkeypatch):
     """Where nothing stops it early, the last bars make no difference to the parameters of a step."""
-    monkeypatch.setattr(scenarios, "STEPS", 4)
+    monkeypatch.setattr(return_model, "STEPS", 4)
     returns, before, labels, _ = model_data(400)
     other = returns.copy()
     other[320:] *= 1.001
@@ -285,10 +286,10 @@ def test_parameters_are_those_of_the_best_step(monkeypatch):
         return out
 
     monkeypatch.setattr(ReturnModel, "log_likelihood", record)
-    monkeypatch.setattr(scenarios, "PATIENCE", 7)
+    monkeypatch.setattr(return_model, "PATIENCE", 7)
     model = fit(*model_data(300)[:3], 3, 0)
     best = int(np.argmax(seen))
-    assert model.held_out == seen[best] and len(seen) == best + 1 + 7 < scenarios.STEPS
+    assert model.held_out == seen[best] and len(seen) == best + 1 + 7 < return_model.STEPS
 
 
 def test_trailing_volatility_drives_the_next_bar():
@@ -588,7 +589,7 @@ def test_a_model_that_is_not_finite_is_refused(crashes, monkeypatch):
     still = panel_of(np.zeros((300, 2)))
     found = complaint(still, Split("train", np.array([[0, 300]])), model="learned", labels=(0,))
     assert found == "return model: no price moves, expected one that does among the first training bars"
-    monkeypatch.setattr(scenarios, "LEARNING_RATE", 1e4)
+    monkeypatch.setattr(return_model, "LEARNING_RATE", 1e4)
     assert "return model: log-likelihood" in (found := complaint(crashes, model="learned")) and "expected finite" in found
 
 
