@@ -1,8 +1,8 @@
 """A small model of returns given a label of the bar and the market before it, fitted by maximum likelihood (`fit`).
 
-A single-index model (Sharpe 1963, "A simplified model for portfolio analysis", Management Science 9) whose mean and volatilities
-depend on the label and on the bars before, with jointly Student-t shocks (density: Kotz & Nadarajah 2004, "Multivariate t
-distributions and their applications", eq. 1.1).
+A single-index model (Sharpe 1963, "A simplified model for portfolio analysis", Management Science 9) whose mean and
+volatilities depend on the label and on the bars before, with jointly Student-t shocks (density: Kotz & Nadarajah 2004,
+"Multivariate t distributions and their applications", eq. 1.1).
 """
 
 from copy import deepcopy

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from envs import portfolio_tables
 from envs.panel import PanelError
-from envs.synthetic import FAST, MARKETS, SLOW, SPLITS, load_market, make_panel
+from envs.synthetic import FAST, MARKETS, SLOW, SPLITS, WARM_UP, load_market, make_panel
 
 MANY = "synthetic:leadlag:bars=2000:train=4:val=1:test=1"
 
@@ -211,3 +212,41 @@ def test_truth_is_cut_with_the_panel(many_bars):
     part = many_bars.select(symbols=["S03", "S01"])
     np.testing.assert_array_equal(part.hidden["expected_return"], many_bars.hidden["expected_return"][:, [3, 1]])
     assert replace(many_bars, hidden={}).sha256 == many_bars.sha256
+
+
+def test_black_scholes_delta_is_the_derivative_of_the_options_value():
+    """The value is the mean payoff over many paths from the same price; delta its difference quotient, on common numbers."""
+    panel = make_panel("synthetic:black-scholes:train=1:val=1:test=1", seed=3)
+    start, last, life = WARM_UP, 90, 30
+    assert WARM_UP == portfolio_tables.WARMUP  # the option is sold where Portfolio-v0 first decides
+    price = panel.close[: last + 1, 0] / panel.close[start, 0]
+    owed = panel.hidden["liability"]
+    assert owed[last] == pytest.approx(max(0.0, price[last] - 1.0)) and not owed[:last].any()
+    shocks = np.random.default_rng(0).standard_normal(400_000)
+    for row in (start, start + 11, start + 25):
+        left = 0.2 * np.sqrt((last - row) / life)
+        end = price[row] * np.exp(left * shocks - 0.5 * left**2)
+        up, down = (np.maximum(factor * end - 1.0, 0.0).mean() for factor in (1.001, 0.999))
+        assert panel.hidden["delta"][row, 0] == pytest.approx((up - down) / (0.002 * price[row]), abs=0.005)
+        assert panel.extras["moneyness"][row, 0] == pytest.approx(np.log(price[row]) / left)
+        assert panel.extras["maturity"][row, 0] == pytest.approx((last - row) / life)
+    assert panel.extras["maturity"][last, 0] == 0 and (panel.extras["maturity"][:start] == 1).all()
+    np.testing.assert_allclose(panel.open[1:91], panel.close[:90])  # no gaps: orders are filled at the price that was seen
+
+
+def test_black_scholes_prices_are_a_martingale_of_the_given_volatility():
+    panel = make_panel("synthetic:black-scholes:train=2000:val=1:test=1:life_vol=0.3", seed=1)
+    end = panel.close[: 2000 * 91].reshape(2000, 91)[:, [WARM_UP, 90]]
+    ratio = end[:, 1] / end[:, 0]
+    assert ratio.mean() == pytest.approx(1.0, abs=4 * 0.3 / np.sqrt(2000)) and np.log(ratio).std() == pytest.approx(
+        0.3, rel=0.06
+    )
+
+
+@pytest.mark.parametrize(
+    "option, words", [("assets=2", ("assets=2", "1")), ("life_vol=1", ("life_vol",)), ("bars=62", ("bars=62", "63"))]
+)
+def test_black_scholes_refuses(option, words):
+    with pytest.raises(PanelError) as caught:
+        make_panel(f"synthetic:black-scholes:{option}")
+    assert all(word in str(caught.value) for word in words)
