@@ -412,15 +412,15 @@ def asset_features(panel: Panel) -> np.ndarray:
     have not been listed yet have zeros.
     """
     x, returns = standardised_returns(panel), log_returns(panel)
-    features = [x, *(window_sum(panel, x, w)[0] for w in TREND_WINDOWS)]
-    square, bars = window_sum(panel, returns**2, 20)
+    features = [x, *(_window_sum_of(panel, x, w)[0] for w in TREND_WINDOWS)]
+    square, bars = _window_sum_of(panel, returns**2, 20)
     variance = square / np.sqrt(bars)
     features.append(0.5 * np.log(np.maximum(variance, 1e-12) * panel.bars_per_year))
     listed = np.isfinite(panel.filled("close"))
     return np.stack([np.where(listed, f, 0.0) for f in (*features, panel.present)], axis=2).astype(np.float32)
 
 
-def window_sum(panel, x, window):
+def _window_sum_of(panel, x, window):
     """Sums over the last `window` bars of each history over the root of their number; and that number (T, 1)."""
     row = np.arange(len(x))
     bars = np.minimum(row - panel.segments[panel.segment_of_row] + 1, window)[:, None]

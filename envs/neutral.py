@@ -1,136 +1,187 @@
-"""Portfolios without exposure to the market, to factors or to clusters of symbols; and the choice of pairs.
+"""Market-neutral, factor-neutral and grouped portfolios: exposures that are known in time, and the projection onto their zero.
 
-Exposures and choices are NumPy, from past prices; `neutralise` is torch and differentiable, so that a policy is trained on the
-orders that it really makes.
+`market_beta` and `factor_loadings` are causal: row t is a function of bars t and earlier inside the same price history.
+`clusters` and `pairs` choose symbols once, by the bars of one split (training) and nothing else.
 """
 
-import numpy as np
-import torch
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
-from torch import Tensor
+from itertools import pairwise
 
-from envs.features import log_returns, standardised_returns, window_sum
+import numpy as np
+import pandas as pd
+import torch
+from numba import njit
+from scipy.cluster.hierarchy import cut_tree, linkage
+from scipy.spatial.distance import pdist, squareform
+
+from envs.features import log_returns, standardised_returns
 from envs.panel import Panel, PanelError, Split
 
-FEWEST = 60  # bars that a principal component, a correlation or a distance is estimated from
+MIN_BARS = 60  # fewer say little about a correlation
+PRIOR_BARS = 20  # a beta of 1 weighs as much as this many bars
+MIN_VARIANCE = 1e-12  # of the market's return per bar: below it there is nothing to have a beta to
+COVERAGE = 0.9  # share of the bars that a symbol must have to be one leg of a pair
 
 
-def market_beta(panel: Panel, window: int = 60, prior_bars: float = 20.0) -> np.ndarray:
-    """(T, N) beta of each symbol's log return to the equally weighted market's, over the last `window` bars of its history.
+def market_beta(panel: Panel, window: int = 60) -> np.ndarray:
+    """(T, N) float64 beta of each symbol to the equally weighted market, from bars of the last `window` rows.
 
-    Drawn to 1 as if `prior_bars` more bars had had a beta of 1 (shrinkage as in Vasicek 1973): 1 where a symbol has no past.
+    b = cov(r, m) / var(m) over the symbol's own bars, r its log return since its bar before, m the mean log return of the
+    symbols with such a return in that row; then w b + (1 - w), with w = bars / (bars + 20): shrunk towards 1, the mean beta,
+    as by Vasicek (1973) if the prior is as precise as 20 bars are. 1 where nothing is known (first bars, or a market that
+    does not move), 0 where the symbol is not listed yet.
+
+    Raises ValueError if window < 2.
     """
+    if window < 2:
+        raise ValueError(f"window={window}: expected at least 2 bars")
     returns, listed = log_returns(panel), np.isfinite(panel.filled("close"))
-    market = (returns * listed).sum(axis=1, keepdims=True) / np.maximum(listed.sum(axis=1, keepdims=True), 1)
-    sums = [window_sum(panel, x, window) for x in (returns * market * listed, market**2 * listed, listed.astype(float))]
-    joint, square, number = (total * np.sqrt(bars) for total, bars in sums)
-    share = number / (number + prior_bars)
-    beta = np.divide(joint, square, out=np.ones_like(joint), where=square > 0)
-    return share * beta + (1.0 - share)
+    known = panel.present.copy()
+    known[1:] &= listed[:-1]
+    known[panel.segments] = False
+    market = (returns * known).sum(axis=1) / np.maximum(1, known.sum(axis=1))
+    beta = _betas(returns, market, known, panel.segments[panel.segment_of_row], window)
+    return np.where(listed, beta, 0.0)
+
+
+@njit(cache=True, error_model="numpy")
+def _betas(returns, market, known, first, window):
+    rows, symbols = returns.shape
+    out = np.ones((rows, symbols))
+    for t in range(rows):
+        start = max(first[t], t + 1 - window)
+        for i in range(symbols):
+            bars, mean = 0, 0.0
+            for u in range(start, t + 1):
+                if known[u, i]:
+                    bars += 1
+                    mean += market[u]
+            mean /= max(1, bars)
+            variance, covariance = 0.0, 0.0  # times bars
+            for u in range(start, t + 1):
+                if known[u, i]:
+                    variance += (market[u] - mean) ** 2
+                    covariance += (market[u] - mean) * returns[u, i]
+            if variance > MIN_VARIANCE * bars:
+                weight = bars / (bars + PRIOR_BARS)
+                out[t, i] = weight * covariance / variance + 1.0 - weight
+    return out
 
 
 def factor_loadings(panel: Panel, count: int, window: int = 250, every: int = 20) -> np.ndarray:
-    """(T, N, count) loadings of the first principal components of the standardised returns of the last `window` bars.
+    """(T, N, count) float64 loadings of the first `count` principal components of the last `window` rows of returns.
 
-    Estimated anew every `every` bars of a history, from its first FEWEST bars on (zeros before), over symbols with a price
-    throughout at least half of those bars (others 0). Columns have unit length; their sum is not negative.
-    Raises ValueError for a count outside 1..N.
+    Eigenvectors of the covariance matrix of `standardised_returns` over the symbols with a bar in at least half of these rows
+    (the others load 0): orthonormal columns, the largest eigenvalue first, each with a sum that is not negative. Computed at
+    the 60th bar of a history and every `every` bars from there on, and held in between; 0 before. Columns that have no
+    variance to explain, as where fewer than `count` symbols have bars, are 0.
+
+    Raises ValueError if count is not from 1 to N, window < 2 or every < 1.
     """
-    if not 1 <= count <= panel.num_symbols:
-        raise ValueError(f"neutral_count={count}: expected 1 to {panel.num_symbols}, the number of symbols")
-    x, listed = standardised_returns(panel), np.isfinite(panel.filled("close"))
-    out = np.zeros((panel.num_bars, panel.num_symbols, count))
-    for start, stop in zip(panel.segments, np.append(panel.segments[1:], panel.num_bars)):
-        for t in range(start + FEWEST - 1, stop, every):
+    _expect_count(panel, count, panel.num_symbols)
+    if window < 2 or every < 1:
+        raise ValueError(f"window={window}, every={every}: expected at least 2 rows, and at least 1")
+    x, out = standardised_returns(panel), np.zeros((*panel.close.shape, count))
+    for start, stop in pairwise((*panel.segments, panel.num_bars)):
+        for t in range(start + MIN_BARS - 1, stop, every):
             rows = slice(max(start, t + 1 - window), t + 1)
-            chosen = listed[rows].mean(axis=0) >= 0.5
-            _, vectors = np.linalg.eigh(x[rows][:, chosen].T @ x[rows][:, chosen])
-            vectors = vectors[:, ::-1][:, :count]
-            vectors = vectors * np.where(vectors.sum(axis=0) < 0, -1.0, 1.0)
-            loadings = np.zeros((panel.num_symbols, count))
-            loadings[chosen, : vectors.shape[1]] = vectors
-            out[t : min(stop, t + every)] = loadings
+            covered = np.flatnonzero(panel.present[rows].mean(axis=0) >= 0.5)
+            centred = x[rows][:, covered] - x[rows][:, covered].mean(axis=0)
+            values, vectors = np.linalg.eigh(centred.T @ centred)
+            some = values > 1e-10 * values.max(initial=0.0)
+            first = vectors[:, some][:, ::-1][:, :count]  # eigh's order ascends
+            first *= np.where(first.sum(axis=0) < 0, -1.0, 1.0)
+            out[t : min(t + every, stop), covered, : first.shape[1]] = first
     return out
 
 
 def clusters(panel: Panel, split: Split, count: int) -> np.ndarray:
-    """(N,) cluster of each symbol, 0..count-1, in the order of their first symbols; from the rows of `split` alone.
+    """(N,) int64 cluster of each symbol, 0..count-1, numbered in the order of their first symbols.
 
-    Average linkage at the distance sqrt((1 - correlation) / 2) of log returns (Mantegna 1999); symbols with less than FEWEST
-    bars in common count as uncorrelated. Raises ValueError for a count outside 1..N.
+    Average linkage on the distance sqrt((1 - correlation) / 2) of log returns (Mantegna 1999, over 2) at the bars of the split
+    that two symbols share, cut where `count` clusters are left. Two symbols that share fewer than 60, or do not move, count as
+    uncorrelated: such a symbol joins those that it is near to by what is known, and stays alone if nothing is.
+
+    Raises ValueError if count is not from 1 to N.
     """
-    if not 1 <= count <= panel.num_symbols:
-        raise ValueError(f"neutral_count={count}: expected 1 to {panel.num_symbols}, the number of symbols")
-    if panel.num_symbols == 1:
-        return np.zeros(1, np.int64)
-    returns, known = _training_returns(panel, split)
-    x = np.where(known, returns, 0.0)
-    number = known.T.astype(float) @ known
-    each = np.maximum(number, 1.0)
-    mean = x.T @ known / each  # of symbol i over the bars that it has in common with j
-    covariance = x.T @ x / each - mean * mean.T
-    square = (x**2).T @ known / each - mean**2
-    scale = np.sqrt(np.maximum(square * square.T, 0.0))
-    usable = (number >= FEWEST) & (scale > 0)
-    correlation = np.divide(covariance, scale, out=np.zeros_like(scale), where=usable).clip(-1.0, 1.0)
-    distance = np.sqrt(0.5 * (1.0 - correlation))
-    np.fill_diagonal(distance, 0.0)
-    labels = fcluster(linkage(squareform(distance, checks=False), "average"), count, "maxclust")
-    _, first, label = np.unique(labels, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[label]
+    _expect_count(panel, count, panel.num_symbols)
+    if panel.num_symbols == 1:  # nothing to link
+        return np.zeros(1, dtype=np.int64)
+    returns = pd.DataFrame(np.concatenate(_returns_by_history(panel, split)))
+    correlation = returns.corr(min_periods=MIN_BARS).fillna(0.0).to_numpy()
+    distance = squareform(np.sqrt((1.0 - correlation) / 2.0), checks=False)  # takes the upper triangle
+    return cut_tree(linkage(distance, method="average"), n_clusters=count)[:, 0]
 
 
 def pairs(panel: Panel, split: Split, count: int) -> np.ndarray:
-    """(N, count) weights of the `count` closest pairs of symbols, 1/2 and -1/2; from the rows of `split` alone.
+    """(N, count) float64 long/short pairs: column k is 1/2 on one symbol and -1/2 on a later one, the nearest pair first.
 
-    The distance method of Gatev, Goetzmann & Rouwenhorst 2006: the smallest mean squared difference of log prices that start
-    at 0, over bars that both have, at least half of all; a symbol is in one pair at most. Raises PanelError for too few pairs.
+    The distance method of Gatev, Goetzmann & Rouwenhorst (2006): the sum of squared deviations between log prices that start
+    at 0 in each history of the split, over all its bars; prices are carried forward, and 0 before a symbol's first bar. Pairs
+    are taken in ascending order, skipping those with a symbol already taken. Candidates are the symbols with at least 60 bars
+    in the split, and in at least 90% of its rows.
+
+    Raises ValueError if count is not from 1 to N // 2; PanelError, naming the symbols that are none, if there are fewer than
+    2 count candidates.
     """
-    returns, known = _training_returns(panel, split)
-    enough = (known.T.astype(float) @ known) >= max(FEWEST, 0.5 * len(known))
-    level = np.concatenate([np.cumsum(np.where(known, returns, 0.0)[a:b], axis=0) for a, b in _blocks(split)])
-    candidates = []
-    for i in range(panel.num_symbols):
-        for j in np.flatnonzero(enough[i, i + 1 :]) + i + 1:
-            gap = (level[:, i] - level[:, j])[known[:, i] & known[:, j]]
-            candidates.append((float(np.mean((gap - gap[0]) ** 2)), i, int(j)))
-    out, used = np.zeros((panel.num_symbols, count)), set()
-    column = 0
-    for _, i, j in sorted(candidates):
-        if column < count and not {i, j} & used:
-            out[[i, j], column] = 0.5, -0.5
-            used |= {i, j}
-            column += 1
-    if column < count:
-        raise PanelError(f"pairs={count}: panel {panel.name!r} has {column} pairs of symbols with enough bars in common")
+    _expect_count(panel, count, panel.num_symbols // 2)
+    log_price = np.concatenate([np.nan_to_num(part).cumsum(axis=0) for part in _returns_by_history(panel, split)])
+    bars = np.concatenate([panel.present[start:stop] for start, stop in split.ranges]).sum(axis=0)
+    least = max(MIN_BARS, COVERAGE * len(log_price))
+    candidates = np.flatnonzero(bars >= least)
+    if len(candidates) < 2 * count:
+        short = [f"{panel.symbols[i]} ({bars[i]})" for i in np.flatnonzero(bars < least)]
+        raise PanelError(
+            f"{panel.name}: split {split.name!r}: {count} pairs need {2 * count} symbols with at least {np.ceil(least):.0f} "
+            f"bars each, found {len(candidates)}; too few bars: {', '.join(short)}"
+        )
+    out = np.zeros((panel.num_symbols, count))
+    first, second = (candidates[side] for side in np.triu_indices(len(candidates), 1))  # the order of pdist
+    free, k = np.ones(panel.num_symbols, bool), 0
+    for p in np.argsort(pdist(log_price[:, candidates].T, "sqeuclidean"), kind="stable"):
+        legs = [first[p], second[p]]
+        if free[legs].all() and k < count:
+            out[legs, k] = 0.5, -0.5
+            free[legs] = False
+            k += 1
     return out
 
 
-def neutralise(weights: Tensor, exposures: Tensor, movable: Tensor) -> Tensor:
-    """The weights (..., N) that are nearest to `weights` and without exposure: exposures^T weights = 0, exposures (..., N, K).
+def neutralise(weights: torch.Tensor, exposures: torch.Tensor, movable: torch.Tensor) -> torch.Tensor:
+    """The nearest weights whose exposures are zero, among those that leave the symbols that cannot move where they are.
 
-    Those that are not `movable` (..., N) bool keep their weight; the others offset their exposure too, as well as they can:
-    where exposures are collinear or too few weights can move, in the sense of least squares (a pseudo-inverse of the K x K Gram
-    matrix, whose eigenvalues below 1e-6 of its largest count as 0). Differentiable in the weights.
+    weights (..., N) as fractions of equity; exposures (..., N, K), column k the exposure of weight 1 in each symbol; movable
+    (..., N) bool; all broadcast, on one device, weights and exposures of one float type. Returns (..., N), differentiable in
+    weights and exposures.
+
+    Minimises |w - weights| over w = weights where not movable and exposures^T w = 0, summed over all symbols; where the movable
+    symbols cannot offset all of it, over the w with the least |exposures^T w|. With E the exposures whose immovable rows are
+    zero that is w = weights - (E^T)^+ exposures^T weights (Penrose 1956). Directions in which E has less than
+    sqrt(machine epsilon) of its largest singular value count as none, so that collinear and zero columns do no harm.
+
+    Raises ValueError if the shapes do not fit or movable is not bool.
     """
-    own = exposures * movable.unsqueeze(-1)
-    with torch.no_grad():
-        wide = own.double()
-        inverse = torch.linalg.pinv(wide.mT @ wide, rtol=1e-6, hermitian=True).to(weights.dtype)
-    total = (exposures * weights.unsqueeze(-1)).sum(-2)  # (..., K)
-    return weights - (own * (inverse * total.unsqueeze(-2)).sum(-1).unsqueeze(-2)).sum(-1)
+    n = weights.shape[-1]
+    if exposures.ndim < 2 or exposures.shape[-2] != n or movable.shape[-1:] != (n,) or movable.dtype != torch.bool:
+        raise ValueError(
+            f"weights {tuple(weights.shape)}, exposures {tuple(exposures.shape)}, movable {tuple(movable.shape)} "
+            f"{movable.dtype}: expected (..., N), (..., N, K), (..., N) bool"
+        )
+    exposure = (exposures * weights[..., None]).sum(dim=-2)
+    lever = torch.linalg.pinv(exposures * movable[..., None], rtol=torch.finfo(exposures.dtype).eps ** 0.5)
+    offset = (exposure[..., None, :] @ lever).squeeze(-2)
+    return torch.where(movable, weights - offset, weights)
 
 
-def _blocks(split):
-    """Where the ranges of a split begin and end among its rows."""
-    ends = np.cumsum(split.ranges[:, 1] - split.ranges[:, 0])
-    return list(zip(np.append(0, ends[:-1]), ends))
+def _expect_count(panel, count, most):
+    if not 1 <= count <= most:
+        raise ValueError(f"count={count}: panel {panel.name!r} has {panel.num_symbols} symbols; expected 1 to {most}")
 
 
-def _training_returns(panel, split):
-    """Log returns (R, N) of the rows of a split, and where a symbol has a bar and an earlier price in the same history."""
-    rows = np.concatenate([np.arange(a, b) for a, b in split.ranges])
-    earlier = np.roll(np.isfinite(panel.filled("close")), 1, axis=0)
-    earlier[panel.segments] = False
-    return log_returns(panel)[rows], (panel.present & earlier)[rows]
+def _returns_by_history(panel, split):
+    """Log returns (rows, N) of each history's part of each range, from prices inside it alone; NaN where there is none."""
+    out = []
+    for start, stop in split.ranges:
+        for part in np.split(np.arange(start, stop), np.flatnonzero(np.diff(panel.segment_of_row[start:stop])) + 1):
+            log_close = pd.DataFrame(np.log(panel.close[part]))
+            out.append(log_close.ffill().diff().where(panel.present[part]).to_numpy())
+    return out
