@@ -62,7 +62,7 @@ def holding(weights, equity=1.0, grad: bool = False) -> Account:
 def execution_by_hand(to_fill, to_mark, status=TRADABLE, impact=None, fill_at_end: bool = False) -> Execution:
     """(T, N) lists or what broadcasts to them; bars of a tenth of a year."""
     to_fill, to_mark, status = np.broadcast_arrays(np.atleast_2d(to_fill), np.atleast_2d(to_mark), status)
-    impact = np.zeros((1, 1)) if impact is None else np.broadcast_to(float(impact), to_fill.shape)
+    impact = np.zeros((1, 1)) if impact is None else np.full(to_fill.shape, float(impact))
     years = np.full(len(to_fill), 0.1)
     return Execution(to_fill.astype(float), to_mark.astype(float), status.astype(np.int8), impact, years, fill_at_end)
 
@@ -219,3 +219,276 @@ def test_smooth_costs_have_a_gradient_at_no_trade(smooth):
 
     inputs = double(held, True), double(held, True), double([1.0, 2.0, 0.5], True)
     assert torch.autograd.gradcheck(step, inputs, eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+def assert_gradients_are_numbers(said: dict[str, torch.Tensor], **inputs: torch.Tensor):
+    for name, value in said.items():
+        assert torch.isfinite(value).all(), name
+        if value.requires_grad:  # what is never charged does not
+            gradients = torch.autograd.grad(value.sum(), inputs.values(), retain_graph=True, allow_unused=True)
+            for what, gradient in zip(inputs, gradients):
+                assert gradient is None or torch.isfinite(gradient).all(), f"of {name} for {what}"
+
+
+# to_fill, to_mark, status, weights, order, equity: where a division, a root or a branch not taken could spoil a gradient
+DEGENERATE = {
+    "ruined at the fill": ([-0.5, 0.0], [0.1, 0.0], TRADABLE, [3.0, 0.2], [1.0, 1.0], 1.0),
+    "exactly nothing at the fill": ([-0.5, 0.0], [0.1, 0.0], TRADABLE, [2.0, 0.0], [1.0, 1.0], 1.0),
+    "ruined at the mark": (0.0, [-0.9, 0.0], TRADABLE, [1.5, 0.0], [1.5, 0.0], 1.0),
+    "exactly nothing at the mark": (0.0, -1.0, TRADABLE, [1.0, 0.0], [1.0, 0.0], 1.0),
+    "costs that cannot be paid": (0.0, 0.1, TRADABLE, [0.0, 0.0], [40.0, -40.0], 1.0),
+    "delisted": (0.1, 0.0, DELISTED, [0.5, -0.5], [0.3, 0.3], 1.0),
+    "untradable": (0.1, 0.2, UNTRADABLE, [0.5, -0.5], [0.3, 0.3], 1.0),
+    "no trade": (0.0, 0.1, TRADABLE, [0.5, -0.5], [0.5, -0.5], 1.0),
+    "cash to cash": (0.1, 0.1, TRADABLE, [0.0, 0.0], [0.0, 0.0], 1.0),
+    "no equity": (0.0, 0.1, TRADABLE, [0.0, 0.0], [0.0, 0.0], 0.0),
+    "no equity, but an order": (0.0, 0.1, TRADABLE, [0.0, 0.0], [1.0, 0.0], 0.0),
+    "debt": (0.0, 0.1, TRADABLE, [0.5, 0.5], [1.0, 0.0], -0.5),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("costs", (PRESETS["zero"], HUGE))
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_every_gradient_is_a_number(case, costs, dtype):
+    """Also of the bars after; and nothing that is ordered once an account is ruined matters."""
+    to_fill, to_mark, status, weights, order, equity = DEGENERATE[case]
+    impact = None if costs is PRESETS["zero"] else 0.2
+    for smooth in (0.0, 1e-3):
+        ex = execution_by_hand(np.full((3, 2), to_fill), np.full((3, 2), to_mark), status, impact)
+        market = make(ex, costs, smooth, dtype)
+        inputs = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in (weights, [order] * 3, equity)]
+        start = Account(inputs[0], inputs[2], torch.tensor(2.0, dtype=dtype))
+        account, growth, record = market.hold(inputs[1], torch.arange(3), start)
+        said = {"weights": account.weights, "drawdown": account.drawdown, "growth": growth} | record
+        assert_gradients_are_numbers(said, **dict(zip(("weights", "order", "equity"), inputs)))
+        ruined = record["equity"] <= RUIN
+        if ruined[0]:
+            (gradient,) = torch.autograd.grad(account.equity, inputs[1])
+            assert ruined.all() and not gradient[1:].any()
+
+
+@given(markets(), st.sampled_from(SMOOTH), st.sampled_from((torch.float32, torch.float64)))
+@settings(max_examples=60)
+def test_no_market_spoils_a_gradient(market, smooth, dtype):
+    ex, costs, rng = market
+    bars, symbols = ex.status.shape
+    weights, targets = many_weights(rng, bars, symbols, 8.0), many_weights(rng, bars, symbols, 8.0)
+    equity = rng.choice([-0.1, 0.0, RUIN, 0.06, 1.0], bars)
+    weights, targets, equity = (torch.tensor(x, dtype=dtype, requires_grad=True) for x in (weights, targets, equity))
+    account = Account(weights, equity, torch.ones_like(equity))
+    said = everything(make(ex, costs, smooth, dtype).step(account, targets, torch.arange(bars), record=True))
+    assert_gradients_are_numbers(said, weights=weights, order=targets, equity=equity)
+
+
+@given(markets(most=(ORDINARY,)), st.sampled_from(SMOOTH))
+@settings(max_examples=60)
+def test_no_trade_costs_nothing(market, smooth):
+    """What has drifted is ordered as it is at the fill."""
+    ex, costs, rng = market
+    bars, symbols = ex.status.shape
+    ex.status[ex.status == DELISTED] = TRADABLE
+    weights = 0.5 * many_weights(rng, bars, symbols)
+    at_fill = 1 + (weights * ex.to_fill).sum(axis=1, keepdims=True)
+    target = weights * (1 + ex.to_fill) / at_fill
+    step = make(ex, costs, smooth).step(holding(weights), double(target), torch.arange(bars), record=True)
+    solvent = at_fill[:, 0] > 0.1
+    assert solvent.any() and (spent(step.record)[solvent] <= 1e-14).all()
+    ex.to_fill[:] = 0.0
+    step = make(ex, costs, smooth).step(holding(weights), double(weights), torch.arange(bars), record=True)
+    assert (spent(step.record) == 0.0).all() and (step.record["turnover"] == 0.0).all()
+
+
+@given(markets())
+@settings(max_examples=60)
+def test_smooth_costs_rise_to_the_exact_ones(market):
+    """The smaller `smooth`, the more is charged, never more than exactly."""
+    ex, costs, rng = market
+    bars, symbols = ex.status.shape
+    weights, targets = many_weights(rng, bars, symbols), many_weights(rng, bars, symbols)
+    charged, exact = [], None
+    for smooth in sorted(SMOOTH, reverse=True):
+        step = make(ex, costs, smooth).step(holding(weights), double(targets), torch.arange(bars), record=True)
+        charged.append(spent(step.record))
+        exact = step
+    paid = exact.growth > RUIN  # nobody pays the whole of what ruins
+    for less, more in zip(charged, charged[1:]):
+        assert (less - more <= 1e-12)[paid].all()
+    assert (charged[-1] - charged[-2] <= 1e-7)[paid].all()
+    turnover = exact.record["turnover"]
+    traded = paid & (turnover > 0.1) & (spent(exact.record) > 0)
+    assert (charged[0] < 0.95 * charged[-1])[traded & (turnover < 3)].all()
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("smooth", (0.0, 1e-2))
+def test_batches_equal_one_account_at_a_time(fill, smooth):
+    """Windows by groups, the rows of a window shared by its group; another window's Newton iterations change no result."""
+    ex, rng = execution(ragged_panel(5, bars=60), fill, HUGE), np.random.default_rng(2)
+    windows, group, bars, symbols = 4, 3, 9, ex.status.shape[1]
+    first = torch.tensor([3, 15, 25, 36])
+    targets = double(many_weights(rng, windows * group * bars, symbols).reshape(windows, group, bars, symbols))
+    market = make(ex, HUGE, smooth)
+    account, growth, record = market.hold(targets, first[:, None, None] + torch.arange(bars))
+    assert growth.shape == (windows, group, bars) and account.weights.shape == (windows, group, symbols)
+    for w in range(windows):
+        for g in range(group):
+            alone, alone_growth, alone_record = market.hold(targets[w, g], first[w] + torch.arange(bars))
+            assert_close({"growth": growth[w, g]}, {"growth": alone_growth})
+            assert_close({name: x[w, g] for name, x in record.items()}, alone_record)
+            assert_close({name: x[w, g] for name, x in account._asdict().items()}, alone._asdict())
+
+
+def test_one_account_fans_out_over_rows():
+    """Rows broadcast against the account and the order: every way to say the same gives the same bits."""
+    ex = execution(ragged_panel(5, bars=60), "next_open", CARRY_ONLY)
+    weights, target = many_weights(np.random.default_rng(0), 2, ex.status.shape[1]) + 0.1
+    for costs in (CARRY_ONLY, PRESETS["zero"], HUGE):
+        market, rows = make(ex, costs), torch.arange(7)
+        one = everything(market.step(holding(weights), double(target), rows, record=True))
+        each = market.step(holding(np.tile(weights, (7, 1))), double(np.tile(target, (7, 1))), rows, record=True)
+        for name, value in everything(each).items():
+            assert_same_bits(one[name].expand_as(value), value, name)
+        assert one["growth"].shape == (7,)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_step_by_step_equals_hold(fill):
+    ex, rng = execution(ragged_panel(6, bars=60), fill, HUGE), np.random.default_rng(3)
+    market, rows = make(ex, HUGE, 1e-3), torch.arange(20, 44)
+    targets = double(many_weights(rng, 2 * 24, ex.status.shape[1]).reshape(2, 24, -1))
+    last, growth, record = market.hold(targets, rows)
+    assert list(record) == list(RECORD)
+    account = market.account(2)
+    assert (account.equity == 1.0).all() and (account.peak == 1.0).all() and not account.weights.any()
+    for t in range(24):
+        if t == 11:
+            middle, half, _ = market.hold(targets[:, 11:], rows[11:], account)
+            assert_same_bits(half, growth[:, 11:])
+            assert_same_bits(middle.weights, last.weights)
+        step = market.step(account, targets[:, t], rows[t], record=True)
+        assert market.step(account, targets[:, t], rows[t]).record is None
+        for name in RECORD:
+            assert_same_bits(step.record[name], record[name][:, t], name)
+        assert_same_bits(step.growth, growth[:, t])
+        account = step.account
+    for found, expected in zip(account, last):
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_nothing_depends_on_later_bars_or_orders(fill):
+    """Other bars after row t change no bit before it; an order has a gradient in its own bar and later ones, in none before."""
+    panel, rng = ragged_panel(7, bars=60), np.random.default_rng(4)
+    costs = replace(HUGE, sqrt_impact=0.02)
+    targets, rows = 0.3 * many_weights(rng, 59, panel.num_symbols), torch.arange(59)
+    _, growth, record = make(execution(panel, fill, costs), costs).hold(double(targets), rows)
+    for t in (21, 30, 45):
+        _, other, other_record = make(execution(tampered(panel, t, rng), fill, costs), costs).hold(double(targets), rows)
+        assert_same_bits(other[:t], growth[:t])
+        for name in RECORD:
+            assert_same_bits(other_record[name][:t], record[name][:t], name)
+        assert (other[t:] != growth[t:]).any()
+    orders = double(targets, True)
+    _, growth, _ = make(execution(panel, fill, costs), costs).hold(orders, rows)
+    for t in (0, 25, 57):
+        (gradient,) = torch.autograd.grad(growth[t], orders, retain_graph=True)
+        assert not gradient[t + 1 :].any() and gradient[t].any() and (t == 0 or gradient[t - 1].any())
+
+
+@given(markets(most=(ORDINARY,)))
+@settings(max_examples=40)
+def test_single_precision_is_close(market):
+    ex, costs, rng = market
+    bars, symbols = ex.status.shape
+    weights, targets = many_weights(rng, bars, symbols), many_weights(rng, bars, symbols)
+    exact = make(ex, costs).step(holding(weights), double(targets), torch.arange(bars), record=True)
+    account = Account(*(x.float() for x in holding(weights)))
+    single = make(ex, costs, dtype=torch.float32).step(account, double(targets).float(), torch.arange(bars), record=True)
+    alive = exact.growth > RUIN
+    for name, value in everything(single).items():
+        expected = everything(exact)[name]
+        assert value.dtype == torch.float32
+        np.testing.assert_allclose(value[alive], expected[alive], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(params=(torch.float32, torch.float64))
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("costs", (PRESETS["zero"], CARRY_ONLY, HUGE))
+def test_the_default_dtype_does_not_matter(costs, dtype, default_dtype):
+    """Everything has the market's own, to its last digits, whatever torch's default is."""
+    ex, rng = execution(ragged_panel(5, bars=60), "next_open", costs), np.random.default_rng(5)
+    weights, targets = many_weights(rng, 59, ex.status.shape[1]), many_weights(rng, 59, ex.status.shape[1])
+    for smooth in (0.0, 1e-2):
+        market = make(ex, costs, smooth, dtype)
+        account = Account(*(x.to(dtype) for x in holding(weights)))
+        step = market.step(account, double(targets).to(dtype), torch.arange(59), record=True)
+        assert all(x.dtype == dtype for x in (*everything(step).values(), *market.account(2)))
+        _, growth, record = market.hold(double(targets).to(dtype), torch.arange(59))
+        assert growth.dtype == dtype and all(x.dtype == dtype for x in record.values())
+        if dtype == torch.float64 and smooth == 0.0:
+            expected, _, _ = in_kernel(ex, costs, weights, targets, np.ones(59))
+            np.testing.assert_allclose(step.growth, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(markets(most=(ORDINARY,)))
+@settings(max_examples=40)
+def test_as_few_iterations_as_on_cuda_are_enough(market):
+    ex, costs, rng = market
+    bars, symbols = ex.status.shape
+    account, targets = holding(many_weights(rng, bars, symbols)), double(many_weights(rng, bars, symbols))
+    full = make(ex, costs).step(account, targets, torch.arange(bars))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffmarket, "_MAX_ITERATIONS", diffmarket._CUDA_ITERATIONS)
+        few = make(ex, costs).step(account, targets, torch.arange(bars))
+    np.testing.assert_allclose(few.growth, full.growth, rtol=1e-12, atol=1e-12)
+
+
+def test_deleverage_scales_what_is_too_much():
+    target = double([[1.0, -0.6], [0.3, -0.2], [0.5, 0.5], [0.0, 0.0], [2.0, 0.0]])
+    found = deleverage(target, double([0.8, 0.8, 1.0, 0.5, 0.0]))
+    np.testing.assert_allclose(found, [[0.5, -0.3], [0.3, -0.2], [0.5, 0.5], [0.0, 0.0], [0.0, 0.0]], rtol=1e-15)
+    assert_same_bits(found[1:4], target[1:4])
+
+
+@given(st.integers(0, 2**32), st.floats(0.0, 4.0))
+def test_deleverage_meets_the_cap_in_proportion(seed, cap):
+    target = double(many_weights(np.random.default_rng(seed), 20, 5))
+    found, gross = deleverage(target, double(np.full(20, cap))), target.abs().sum(-1)
+    np.testing.assert_allclose(found.abs().sum(-1), gross.clamp(max=cap), rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(found * gross[:, None], target * found.abs().sum(-1)[:, None], rtol=1e-13, atol=1e-15)
+    assert_same_bits(found[gross <= cap], target[gross <= cap])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("cap", (0.0, 0.8))
+def test_deleverage_has_a_gradient(cap, dtype):
+    """The identity's where nothing is held and the cap is not 0."""
+    inputs = double([[0.9, -0.6], [0.3, -0.2]], True), double([0.7, 0.8], True)
+    assert torch.autograd.gradcheck(deleverage, inputs)
+    target = torch.zeros(2, dtype=dtype, requires_grad=True)
+    limit = torch.tensor(cap, dtype=dtype, requires_grad=True)
+    gradients = torch.autograd.grad(deleverage(target, limit).sum(), (target, limit))
+    assert gradients[0].tolist() == [float(cap > 0)] * 2 and gradients[1] == 0.0
+
+
+@pytest.mark.parametrize("smooth", (-1e-9, float("nan"), float("inf")))
+def test_a_bad_smooth_is_refused(smooth):
+    with pytest.raises(ValueError, match=f"smooth={smooth}: expected 0 or a positive number"):
+        make(execution_by_hand([0.0, 0.0], 0.0), HUGE, smooth)
+
+
+def test_orders_of_another_shape_are_refused():
+    """A single weight is not spread over every symbol, nor are more rows than orders left out."""
+    market = make(execution_by_hand(np.zeros((5, 3)), 0.0), HUGE)
+    with pytest.raises(ValueError, match="target: 1 weights; expected one for each of 3 symbols"):
+        market.step(market.account(2), torch.zeros(2, 1), torch.tensor(0))
+    with pytest.raises(ValueError, match="rows: 5 of them for orders at 4 bars; expected as many"):
+        market.hold(double(np.zeros((2, 4, 3))), torch.arange(5))
