@@ -35,15 +35,16 @@ class Account(NamedTuple):
 
 class Step(NamedTuple):
     account: Account  # at the next mark
-    growth: Tensor  # (...) equity at the next mark over equity at this one; 1 where the account was ruined before
+    growth: Tensor  # (...) equity at the next mark over equity at this one; 0 or less where nothing was left; 1 once ruined
     record: dict[str, Tensor] | None  # (...) each, as in costs.RECORD, where asked for
 
 
 class DiffMarket:
     """What `execution` and `costs` say about every bar, as tensors of `dtype` on `device`.
 
-    smooth: costs count a trade x (a fraction of equity) as sqrt(x^2 + smooth^2) - smooth in place of |x|: nothing at 0 too,
-    never more, and with a gradient everywhere. 0: |x|, exact.
+    smooth: below trades of about this size (a fraction of equity) the cost of a trade x rises with
+    sqrt(x^2 + smooth^2) - smooth in place of |x|, which costs nothing at 0 too, never more, and has a gradient everywhere.
+    0: |x|, exact.
     Raises ValueError for a negative or infinite `smooth`.
     """
 
@@ -81,15 +82,19 @@ class DiffMarket:
         """One bar of money: trade from the weights held to `target` (..., N), then hold to the next mark.
 
         rows: (...) int64, the bar at which each order is decided, or of a shape that broadcasts, such as (window, 1). An
-        account that is ruined (equity <= RUIN) stays as it is, without weights; one that is ruined now ends as in the kernel.
+        account that is ruined (equity <= RUIN) holds nothing and stays as it is; the equity of one that is ruined now becomes
+        what the kernel makes of it. Raises ValueError for orders of another number of symbols.
         """
+        if target.shape[-1] != self.num_symbols:
+            raise ValueError(f"target: {target.shape[-1]} weights; expected one for each of {self.num_symbols} symbols")
         fill, mark, can_trade, open_, *impact = self._tables[rows].unbind(-2)
         alive = account.equity > RUIN
         weights = account.weights
         drifted = weights * (1.0 + fill)
         at_fill = 1.0 + (weights * fill).sum(-1)
         target = target * open_
-        root = impact[0] * account.equity.clamp(min=0.0).sqrt().unsqueeze(-1) if impact else None
+        # below RUIN nothing comes of it, but the root of 0 has no gradient
+        root = impact[0] * account.equity.clamp(min=RUIN).sqrt().unsqueeze(-1) if impact else None
         has_equity = at_fill > 0.0
         per_equity = torch.where(has_equity, 1.0 / torch.where(has_equity, at_fill, 1.0), 0.0)
         quadratic = (self._quadratic * per_equity).unsqueeze(-1)
@@ -107,7 +112,7 @@ class DiffMarket:
         held = drifted + trade
         profit = torch.where(solvable, (held * mark).sum(-1), 0.0)
         growth = after + profit
-        carried = {"borrow": 0.0, "financing": 0.0, "interest": 0.0}
+        carried = dict.fromkeys(("borrow", "financing", "interest"), torch.zeros_like(at_fill))
         if self._carry:
             carrying, base = (weights, torch.ones_like(after)) if self._fill_at_end else (held, after)
             gross, years = carrying.abs().sum(-1), torch.where(solvable, self._years[rows], 0.0)
@@ -136,7 +141,10 @@ class DiffMarket:
         """Order targets[..., t, :] (..., H, N) at rows[..., t] (..., H), one bar after another, whatever the account does.
 
         Returns the last account, growth (..., H) and the record, (..., H) each. Starts in cash unless an account is given.
+        Raises ValueError as `step` does, and where rows and orders differ in number.
         """
+        if rows.shape[-1] != targets.shape[-2]:
+            raise ValueError(f"rows: {rows.shape[-1]} of them for orders at {targets.shape[-2]} bars; expected as many")
         account = self.account(*targets.shape[:-2]) if account is None else account
         steps = []
         for t in range(targets.shape[-2]):
