@@ -24,7 +24,7 @@ from tqdm import tqdm
 from envs import ledger, portfolio_references
 from envs.candles import ohlc_features, wavelet_features
 from envs.costs import RUIN
-from envs.diffmarket import Account, DiffMarket
+from envs.diffmarket import Account, DiffMarket, deleverage
 from envs.neutral import clusters, factor_loadings, market_beta, neutralise, pairs
 from envs.portfolio_tables import LONG_ONLY, WARMUP, PortfolioConfig, PortfolioData
 from envs.scenarios import Scenario, stress_panel
@@ -393,10 +393,9 @@ def target_weights(args, action, account, bar, pair_projection=None):
         y = neutralise(torch.where(present, y, held), bar.exposures, present)
     if alive is not None:
         y = y * alive
-    size = y.abs() * present
-    scale = (bar.gross - fixed).clamp(min=0.0) / size.sum(-1).clamp(min=1e-9)
-    scale = torch.minimum(scale, c.asset_cap / size.amax(-1).clamp(min=1e-9)).clamp(max=1.0)
-    return torch.where(present, y * scale.unsqueeze(-1), held)
+    y = deleverage(y * present, (bar.gross - fixed).clamp(min=0.0))
+    y = y * (c.asset_cap / y.abs().amax(-1, keepdim=True).clamp(min=1e-9)).clamp(max=1.0)
+    return torch.where(present, y, held)
 
 
 def unit_weight(args, symbols):

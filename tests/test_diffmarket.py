@@ -446,7 +446,7 @@ def test_as_few_iterations_as_on_cuda_are_enough(market):
     account, targets = holding(many_weights(rng, bars, symbols)), double(many_weights(rng, bars, symbols))
     full = make(ex, costs).step(account, targets, torch.arange(bars))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffmarket, "_MAX_ITERATIONS", diffmarket._CUDA_ITERATIONS)
+        patch.setattr(diffmarket, "_MAX_ITERATIONS", diffmarket._FIXED_ITERATIONS)
         few = make(ex, costs).step(account, targets, torch.arange(bars))
     np.testing.assert_allclose(few.growth, full.growth, rtol=1e-12, atol=1e-12)
 
