@@ -631,10 +631,8 @@ if __name__ == "__main__":
                 f"--utility hedge: market {args.market} owes nothing; expected one such as synthetic:black-scholes"
             )
         markets = {split: data.market(splits[split]) for split in splits}
-        windows = [
-            np.arange(a, b - args.horizon) for a, b in zip(markets["train"].starts, markets["train"].stops)
-        ]  # first rows
-        windows = torch.as_tensor(np.concatenate(windows), device=device)
+        ranges = list(zip(markets["train"].starts, markets["train"].stops))
+        windows = torch.as_tensor(np.concatenate([np.arange(a, b - args.horizon) for a, b in ranges]), device=device)
         if len(windows) == 0:
             raise ValueError(f"--horizon {args.horizon}: expected fewer bars than a range of the training split has")
         stressed = windows[:0]
@@ -662,7 +660,7 @@ if __name__ == "__main__":
         sys.exit(f"{type(error).__name__}: {error}")
     agent = Agent(args, panel.num_symbols, tables.features.shape[2]).to(device)
     with torch.no_grad():  # the features' mean and spread over the training bars
-        bars = np.concatenate([np.arange(a, b) for a, b in zip(markets["train"].starts, markets["train"].stops)])
+        bars = np.concatenate([np.arange(a, b) for a, b in ranges])
         seen = tables.features[torch.as_tensor(bars)][torch.as_tensor(panel.present[bars])]
         agent.mean.copy_(seen.mean(0))
         agent.scale.copy_(1.0 / seen.std(0).clamp(min=1e-3))
