@@ -142,6 +142,14 @@ def test_components_without_variance_are_zero():
     assert not factor_loadings(panel_of(gone), 1).any()  # no symbol has half of any window's bars
 
 
+@pytest.mark.parametrize("bars", (99, 100))
+def test_half_of_the_bars_of_the_window_are_needed(bars):
+    log_price = walk(np.random.default_rng(0), 400, 3, common=0.6)
+    log_price[:280, 1] = log_price[280 + bars :, 1] = np.nan
+    loadings = factor_loadings(panel_of(log_price), 1, window=200, every=1)[399, :, 0]
+    assert loadings[[0, 2]].all() and (loadings[1] != 0) == (bars == 100)
+
+
 @pytest.mark.parametrize("exposure", (market_beta, lambda panel: factor_loadings(panel, 3, window=80, every=7)))
 @pytest.mark.parametrize("seed", range(3))
 def test_no_exposure_uses_a_later_bar(exposure, seed):
@@ -208,14 +216,16 @@ def test_clusters_by_hand():
 
 
 def test_clusters_are_average_linkage_of_the_distance():
-    """S0 and S3 join first. S2 is then 0.7035 from them on average, S1 0.7194, and S1 and S2 are 0.7071 apart; single or
-    complete linkage, or a distance that ignores signs, would cut otherwise."""
-    correlation = np.array([[1, 0.2, -0.2, 0.4], [0.2, 1, 0, -0.3], [-0.2, 0, 1, 0.2], [0.4, -0.3, 0.2, 1]])
-    noise = np.hstack([np.ones((200, 1)), np.random.default_rng(0).standard_normal((200, 4))])
+    """S1 and S2 join first, then S3. S0 is then 0.7479 from these three on average, S4 0.7764, and 0.7416 from each other: they
+    join. Other linkages, or a distance that is linear in the correlation or ignores its sign, would cut otherwise."""
+    correlation = np.eye(5)
+    correlation[np.triu_indices(5, 1)] = [-0.2, -0.4, 0.2, -0.1, 0.6, 0.5, -0.2, -0.1, 0.2, -0.7]
+    correlation += np.triu(correlation, 1).T
+    noise = np.hstack([np.ones((200, 1)), np.random.default_rng(0).standard_normal((200, 5))])
     moves = np.linalg.qr(noise)[0][:, 1:] @ np.linalg.cholesky(correlation).T  # exact moments
     np.testing.assert_allclose(np.corrcoef(moves.T), correlation, atol=1e-12)
-    log_price = np.vstack([np.zeros(4), np.cumsum(moves, axis=0)])
-    np.testing.assert_array_equal(clusters(panel_of(log_price), rows((0, 201)), 2), [0, 1, 0, 0])
+    log_price = np.vstack([np.zeros(5), np.cumsum(moves, axis=0)])
+    np.testing.assert_array_equal(clusters(panel_of(log_price), rows((0, 201)), 2), [0, 1, 1, 1, 0])
 
 
 def test_symbols_that_share_few_bars_join_those_that_are_near_or_stay_alone():
@@ -228,6 +238,15 @@ def test_symbols_that_share_few_bars_join_those_that_are_near_or_stay_alone():
     np.testing.assert_array_equal(clusters(panel_of(log_price), rows((0, 300)), 3), [0, 0, 0, 1, 1, 0, 0, 2])
     still = np.where(np.arange(8) == 3, 1.0, log_price)  # a price that does not move is near to none
     np.testing.assert_array_equal(clusters(panel_of(still), rows((0, 300)), 4), [0, 0, 0, 1, 2, 0, 0, 3])
+
+
+@pytest.mark.parametrize("returns, expected", ((59, [0, 0, 1]), (60, [0, 1, 0])))
+def test_sixty_shared_returns_are_needed(returns, expected):
+    """S2 is S0 while it has bars; rows before its first and after its last do not count, though its price is carried on."""
+    log_price = walk(np.random.default_rng(0), 300, 2, common=0.3)
+    listed = (np.arange(300) >= 100) & (np.arange(300) <= 100 + returns)
+    log_price = np.column_stack([log_price, np.where(listed, log_price[:, 0], np.nan)])
+    np.testing.assert_array_equal(clusters(panel_of(log_price), rows((0, 300)), 2), expected)
 
 
 # --- pairs
@@ -267,6 +286,12 @@ def test_pairs_are_the_nearest_of_those_that_are_left(ranges):
         size = {pair: s for pair, s in size.items() if not {i, j} & set(pair)}
     np.testing.assert_array_equal(pairs(panel, rows(*ranges), 4), expected)
     np.testing.assert_array_equal(pairs(panel, rows(*ranges), 2), expected[:, :2])
+
+
+def test_equally_near_pairs_are_taken_in_the_order_of_the_symbols():
+    """Copies of three symbols."""
+    panel = panel_of(np.repeat(walk(np.random.default_rng(0), 100, 3), 6, axis=1))
+    np.testing.assert_array_equal(pairs(panel, rows((0, 100)), 9), np.kron(np.eye(9), [[0.5], [-0.5]]))
 
 
 def test_pairs_need_enough_bars_and_name_what_lacks_them():
