@@ -36,7 +36,7 @@ def ohlc_features(panel: Panel) -> np.ndarray:
     column, row = np.nonzero(panel.present.T)  # all bars, symbol after symbol: what precedes is the symbol's bar before
     open_, high, low, close = (panel.fields[name][row, column] for name in ("open", "high", "low", "close"))
     history = panel.segment_of_row[row]
-    new = np.diff(column, prepend=-1) + np.diff(history, prepend=-1) != 0
+    new = (np.diff(column, prepend=-1) != 0) | (np.diff(history, prepend=-1) != 0)
     place = np.arange(len(row))
     age = place - np.maximum.accumulate(np.where(new, place, 0))  # bars of the symbol before this one in its history
 

@@ -97,9 +97,10 @@ def factor_loadings(panel: Panel, count: int, window: int = 250, every: int = 20
 def clusters(panel: Panel, split: Split, count: int) -> np.ndarray:
     """(N,) int64 cluster of each symbol, 0..count-1, numbered in the order of their first symbols.
 
-    Average linkage on the distance sqrt((1 - correlation) / 2) of log returns (Mantegna 1999, over 2) at the bars of the split
-    that two symbols share, cut where `count` clusters are left. Two symbols that share fewer than 60, or do not move, count as
-    uncorrelated: such a symbol joins those that it is near to by what is known, and stays alone if nothing is.
+    Average linkage on the distance sqrt((1 - correlation) / 2) (half of Mantegna's, 1999) of the log returns in the split, each
+    since the symbol's bar before, at the bars that two symbols share; cut where `count` clusters are left. Symbols that share
+    fewer than 60, or do not move, count as uncorrelated: so such a symbol joins those that it is near to by what is known,
+    and is among the last to be joined if nothing is.
 
     Raises ValueError if count is not from 1 to N.
     """
