@@ -183,7 +183,8 @@ class Args:
     """stop after so many of them without a better score (0: never); the best model is kept in any case"""
 
 
-# What changes for markets whose best policy is known: the terms that its derivation assumes, and what it depends on.
+# What changes for markets whose best policy is known: the terms that its derivation assumes, and what it depends on. Where one
+# policy is best all the time, the last model is taken: the best of many on the validation split would be the luckiest there.
 KNOWN = {
     "synthetic:garleanu-pedersen": dict(
         portfolio=PortfolioConfig(
@@ -196,11 +197,12 @@ KNOWN = {
     "synthetic:merton": dict(
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5),
         lookback=1, log_std=0.0, gamma=0.0, num_windows=256, group_size=2, learning_rate=5e-4, total_timesteps=16_000_000,
+        eval_every=10_000,
     ),
     "synthetic:black-scholes": dict(
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=1.0),
         utility="hedge", lookback=1, horizon=30, num_windows=256, group_size=1, log_std=-3.0,
-        total_timesteps=6_000_000,
+        total_timesteps=6_000_000, eval_every=10_000,
     ),
 }  # fmt: skip
 
@@ -216,7 +218,7 @@ class Bar(NamedTuple):
 class Tables(NamedTuple):
     """What the policy reads of each bar, on the device; stress scenarios follow the market's own rows."""
 
-    features: torch.Tensor  # (T, N, F) float32, standardised by the training split
+    features: torch.Tensor  # (T, N, F) float32
     present: torch.Tensor  # (T, N) bool, (T,) and (T, N, K): as in Bar
     gross: torch.Tensor
     exposures: torch.Tensor | None

@@ -231,7 +231,7 @@ class BlackScholes(Histories):
 
     assets: int = 1
     bars: int = 91
-    train: int = 2000
+    train: int = 5000
     val: int = 200
     test: int = 200
     life_vol: float = 0.2  # of the log price over the option's life
