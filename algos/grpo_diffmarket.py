@@ -463,8 +463,13 @@ def rewards_of(args, growth):
         net = growth - 1.0
         return net - 0.5 * args.risk_aversion * net.square()
     if args.utility == "drawdown":
-        equity = growth.cumprod(-1)
-        return log_growth - args.penalty * (1.0 - equity / equity.cummax(-1).values.clamp(min=1.0))
+        equity = peak = torch.ones_like(growth[..., 0])
+        falls = []
+        for factor in growth.unbind(-1):  # the gradient of cumprod is a cumsum, which has no deterministic form on CUDA
+            equity = equity * factor
+            peak = torch.maximum(peak, equity)
+            falls.append(1.0 - equity / peak)
+        return log_growth - args.penalty * torch.stack(falls, dim=-1)
     return None
 
 
@@ -476,10 +481,11 @@ def utility_of(args, tables, rows, growth, targets):
     net, log_growth = growth - 1.0, growth.clamp(min=RUIN).log().mean(-1)
     if args.utility == "sharpe":
         return net.mean(-1) / (net.std(-1) + 1e-6)
-    if args.utility == "cvar":  # Rockafellar & Uryasev 2000: the minimum over v of v + E[(loss - v)+] / alpha, at the quantile
-        value_at_risk = torch.quantile(-net.detach(), 1.0 - args.cvar_alpha, dim=-1)
-        excess = (-net - value_at_risk.unsqueeze(-1)).clamp(min=0.0).mean(-1)
-        return log_growth - args.penalty * (value_at_risk + excess / args.cvar_alpha)
+    if args.utility == "cvar":  # Rockafellar & Uryasev 2000: the minimum over v of v + E[(loss - v)+] / alpha
+        bars = growth.shape[-1]
+        tail = args.cvar_alpha * bars  # so many of the largest losses, the last of them in part
+        share = (tail - torch.arange(bars, device=net.device)).clamp(0.0, 1.0) / tail
+        return log_growth - args.penalty * ((-net).sort(-1, descending=True).values * share.to(net.dtype)).sum(-1)
     if args.utility == "risk_budget":  # each symbol's share of the variance, against an equal share
         profit = targets * tables.returns[rows].unsqueeze(1)
         profit = profit - profit.mean(2, keepdim=True)
@@ -523,7 +529,7 @@ def pathwise_loss(args, agent, market, tables, rows, reference=None, **options):
     path = roll_out(args, agent, market, tables, rows, args.group_size, **options)
     utility = utility_of(args, tables, rows, path.growth, path.targets)
     loss = -args.reward_scale * utility.mean()
-    return loss + penalty_kl(args, agent, reference, tables, rows, path.states.detach(), path.scores), utility
+    return loss + penalty_kl(args, agent, reference, tables, rows, path.states, path.scores), utility
 
 
 def grpo_loss(args, agent, tables, rows, path, advantages, old_log_probs, reference=None):
@@ -539,10 +545,12 @@ def grpo_loss(args, agent, tables, rows, path, advantages, old_log_probs, refere
 
 
 def penalty_kl(args, agent, reference, tables, rows, states, scores):
+    """kl_coef times the mean KL divergence from the reference in `states`; both policies' scores have gradients in these."""
     if args.kl_coef == 0.0:
         return 0.0
-    with torch.no_grad():
-        reference_scores = reference.decide(reference.encode(tables, rows).unsqueeze(1), states)
+    with torch.no_grad(), torch.autocast(rows.device.type, torch.bfloat16, enabled=args.amp):
+        encoded = reference.encode(tables, rows).to(states.dtype)
+    reference_scores = reference.decide(encoded.unsqueeze(1), states)
     mask = choices(agent, tables.present[rows].unsqueeze(1))
     return args.kl_coef * agent.kl(scores, mask, reference, reference_scores).mean()
 

@@ -1,5 +1,6 @@
 """algos/grpo_diffmarket.py: what it alone does: two estimators of one gradient, its policies, utilities, stress scenarios."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -117,6 +118,31 @@ def test_the_pathwise_gradient_is_that_of_the_utility():
             down = utility()
             parameter[at] += 1e-4
         assert float(grad[at]) == pytest.approx(float(up - down) / 2e-4, rel=1e-4) and grad[at] != 0
+
+
+def test_the_gradient_of_the_kl_penalty_runs_through_the_weights_held():
+    """Against differences, in float64: states depend on the parameters too, and both policies are read in them."""
+    m, args, _, data, tables, agent, _ = setting(kl_coef=1.0, reward_scale=0.0, log_std=-1.0, group_size=2)
+    market, agent = DiffMarket(data.execution, data.costs, args.smooth, dtype=torch.float64), agent.double()
+    tables = m.Tables(*(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in tables))
+    reference = copy.deepcopy(agent).requires_grad_(False)
+    with torch.no_grad():
+        reference.score.weight.mul_(-1.0)
+        reference.held.mul_(2.0)
+    rows = m.rows_of(torch.tensor([70, 390]), 6)
+
+    def penalty():
+        torch.manual_seed(0)
+        return m.pathwise_loss(args, agent, market, tables, rows, reference)[0]
+
+    parameter, at = agent.score.weight, (0, 3)
+    (grad,) = torch.autograd.grad(penalty(), parameter)
+    with torch.no_grad():
+        parameter[at] += 1e-5
+        up = penalty()
+        parameter[at] -= 2e-5
+        down = penalty()
+    assert float(grad[at]) == pytest.approx(float(up - down) / 2e-5, rel=1e-4)
 
 
 def test_advantages_equal_the_slow_definition():
@@ -323,6 +349,15 @@ def test_utilities_by_hand():
     for at in np.ndindex(3, 4):  # the minimum over v, found by trying
         worst = (v + np.maximum(-(g[at] - 1) - v[:, None], 0).mean(1) / 0.2).min()
         assert utility("cvar", cvar_alpha=0.2)[at] == pytest.approx(log[at] - 0.3 * worst, abs=1e-5)
+    for at in np.ndindex(3, 4):  # a tail of 2.5 bars
+        worst = np.sort(1 - g[at])[::-1]
+        tail = (worst[0] + worst[1] + 0.5 * worst[2]) / 2.5
+        assert utility("cvar", cvar_alpha=0.05)[at] == pytest.approx(log[at] - 0.3 * tail, abs=1e-9)
+    net = growth.clone().requires_grad_()
+    args = m.Args(utility="cvar", cvar_alpha=0.05, penalty=1.0)
+    risk = net.clamp(min=RUIN).log().mean(-1) - m.utility_of(args, None, None, net, None)
+    (grad,) = torch.autograd.grad(risk.sum(), net)
+    torch.testing.assert_close(grad.sum(-1), -torch.ones_like(risk))  # all returns up by x: the risk down by x
     ruined = growth.clone()
     ruined[0, 0, 3] = -2.0
     floored = (np.log(g[0, 0]).sum() - np.log(g[0, 0, 3]) + np.log(RUIN)) / 50
