@@ -220,7 +220,8 @@ class Tables(NamedTuple):
     present: torch.Tensor  # (T, N) bool, (T,) and (T, N, K): as in Bar
     gross: torch.Tensor
     exposures: torch.Tensor | None
-    returns: torch.Tensor  # (T, N) simple return of each symbol from this mark to the next
+    to_fill: torch.Tensor  # (T, N) simple return of each symbol from this mark to the fill, on the weights held until then
+    to_mark: torch.Tensor  # (T, N) and from there to the next mark, on those ordered
     first: torch.Tensor  # (T,) int64 first row of the history that the row is in
     liability: torch.Tensor | None  # (T,) what is owed at that mark, in units of the starting equity
 
@@ -251,7 +252,7 @@ def make_tables(args, data, device, selection=None):
     return Tables(
         tensor(np.concatenate(blocks, axis=2)),
         torch.tensor(panel.present, device=device), tensor(data.gross), tensor(exposures),
-        tensor((1.0 + ex.to_fill) * (1.0 + ex.to_mark) - 1.0),
+        tensor(ex.to_fill), tensor(ex.to_mark),
         torch.tensor(panel.segments[panel.segment_of_row], device=device), tensor(liability),
     )  # fmt: skip
 
@@ -473,8 +474,9 @@ def rewards_of(args, growth):
     return None
 
 
-def utility_of(args, tables, rows, growth, targets):
-    """(B, G) utility of rollouts through windows of rows (B, H); growth (B, G, H), targets (B, G, H, N)."""
+def utility_of(args, tables, rows, path):
+    """(B, G) utility of rollouts through windows of rows (B, H)."""
+    growth = path.growth
     rewards = rewards_of(args, growth)
     if rewards is not None:
         return rewards.mean(-1)
@@ -487,7 +489,8 @@ def utility_of(args, tables, rows, growth, targets):
         share = (tail - torch.arange(bars, device=net.device)).clamp(0.0, 1.0) / tail
         return log_growth - args.penalty * ((-net).sort(-1, descending=True).values * share.to(net.dtype)).sum(-1)
     if args.utility == "risk_budget":  # each symbol's share of the variance, against an equal share
-        profit = targets * tables.returns[rows].unsqueeze(1)
+        to_fill, to_mark = (x[rows].unsqueeze(1) for x in (tables.to_fill, tables.to_mark))
+        profit = path.states[..., : to_fill.shape[-1]] * to_fill + path.targets * to_mark
         profit = profit - profit.mean(2, keepdim=True)
         covariance = (profit * profit.sum(-1, keepdim=True)).mean(2)
         share = covariance / covariance.sum(-1, keepdim=True).clamp(min=1e-12)
@@ -520,14 +523,14 @@ def worst(args, agent, market, tables, candidates, **options):
     with torch.no_grad():
         rows = rows_of(candidates.flatten(), args.horizon)
         path = roll_out(args, agent, market, tables, rows, 1, explore=False, **options)
-        utility = utility_of(args, tables, rows, path.growth, path.targets).view(candidates.shape)
+        utility = utility_of(args, tables, rows, path).view(candidates.shape)
     return candidates.gather(1, utility.argmin(1, keepdim=True)).squeeze(1)
 
 
 def pathwise_loss(args, agent, market, tables, rows, reference=None, **options):
     """The utility of windows `rows`, negative: its gradient runs through every bar of the market."""
     path = roll_out(args, agent, market, tables, rows, args.group_size, **options)
-    utility = utility_of(args, tables, rows, path.growth, path.targets)
+    utility = utility_of(args, tables, rows, path)
     loss = -args.reward_scale * utility.mean()
     return loss + penalty_kl(args, agent, reference, tables, rows, path.states, path.scores), utility
 
@@ -735,7 +738,7 @@ if __name__ == "__main__":
         with torch.no_grad():
             for at in ranges_of(split):
                 path = roll_out(args, agent, market, tables, at, 1, explore=False, **options)
-                total += float(utility_of(args, tables, at, path.growth, path.targets).sum()) * at.shape[1]
+                total += float(utility_of(args, tables, at, path).sum()) * at.shape[1]
                 number += at.numel()
         return total / number
 
@@ -777,7 +780,7 @@ if __name__ == "__main__":
         if args.estimator != "pathwise":
             with torch.no_grad():
                 paths = [roll_out(args, agent, market, tables, part, args.group_size, **options) for part in parts]
-                utilities = [utility_of(args, tables, part, p.growth, p.targets) for part, p in zip(parts, paths)]
+                utilities = [utility_of(args, tables, part, p) for part, p in zip(parts, paths)]
                 advantages = [
                     advantages_of(args, rewards_of(args, p.growth), u, args.horizon) for p, u in zip(paths, utilities)
                 ]

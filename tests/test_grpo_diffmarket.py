@@ -71,7 +71,7 @@ def test_grpo_and_pathwise_gradients_agree_on_a_one_step_quadratic():
     def grpo():
         with torch.no_grad():
             path = m.roll_out(args, agent, market, tables, rows, args.group_size)
-            utility = m.utility_of(args, tables, rows, path.growth, path.targets)
+            utility = m.utility_of(args, tables, rows, path)
             advantages = m.advantages_of(args, m.rewards_of(args, path.growth), utility, 1)
             old = agent.log_prob(path.scores, m.choices(agent, tables.present[rows].unsqueeze(1)), path.actions)
         return flat(m.grpo_loss(args, agent, tables, rows, path, advantages, old)[0])
@@ -100,7 +100,7 @@ def test_the_pathwise_gradient_is_that_of_the_utility():
         torch.set_default_dtype(torch.float64)
         try:
             path = m.roll_out(args, agent, market, tables, rows, 1, explore=False)
-            return m.utility_of(args, tables, rows, path.growth, path.targets).mean()
+            return m.utility_of(args, tables, rows, path).mean()
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -329,6 +329,10 @@ def windows_of_growth(seed=0, shape=(3, 4, 50)):
     return 1.0 + 0.03 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def rollout(growth, states=None, targets=None):
+    return SCRIPT.module.Rollout(growth, states, None, None, targets)
+
+
 def test_utilities_by_hand():
     m = SCRIPT.module
     growth = windows_of_growth()
@@ -336,7 +340,7 @@ def test_utilities_by_hand():
 
     def utility(name, **changes):
         args = m.Args(utility=name, penalty=0.3, **changes)
-        return m.utility_of(args, None, None, growth, None).numpy()
+        return m.utility_of(args, None, None, rollout(growth)).numpy()
 
     log = np.log(g).mean(-1)
     np.testing.assert_allclose(utility("log"), log)
@@ -355,30 +359,55 @@ def test_utilities_by_hand():
         assert utility("cvar", cvar_alpha=0.05)[at] == pytest.approx(log[at] - 0.3 * tail, abs=1e-9)
     net = growth.clone().requires_grad_()
     args = m.Args(utility="cvar", cvar_alpha=0.05, penalty=1.0)
-    risk = net.clamp(min=RUIN).log().mean(-1) - m.utility_of(args, None, None, net, None)
+    risk = net.clamp(min=RUIN).log().mean(-1) - m.utility_of(args, None, None, rollout(net))
     (grad,) = torch.autograd.grad(risk.sum(), net)
     torch.testing.assert_close(grad.sum(-1), -torch.ones_like(risk))  # all returns up by x: the risk down by x
     ruined = growth.clone()
     ruined[0, 0, 3] = -2.0
     floored = (np.log(g[0, 0]).sum() - np.log(g[0, 0, 3]) + np.log(RUIN)) / 50
-    assert float(m.utility_of(m.Args(), None, None, ruined, None)[0, 0]) == pytest.approx(floored)
+    assert float(m.utility_of(m.Args(), None, None, rollout(ruined))[0, 0]) == pytest.approx(floored)
 
 
 def test_risk_budget_is_best_where_contributions_are_equal():
     m = SCRIPT.module
     rng = torch.Generator().manual_seed(0)
     returns = torch.randn((2000, 3), generator=rng, dtype=torch.float64) * torch.tensor([0.01, 0.02, 0.04])
-    tables = m.Tables(None, None, None, None, returns, None, None)
+    tables = m.Tables(None, None, None, None, torch.zeros_like(returns), returns, None, None)
     rows = torch.arange(2000).unsqueeze(0)
     args = m.Args(utility="risk_budget", penalty=1.0)
     growth = torch.ones((1, 1, 2000), dtype=torch.float64)
 
     def penalty(weights):
         targets = torch.tensor(weights, dtype=torch.float64).expand(1, 1, 2000, 3)
-        return -float(m.utility_of(args, tables, rows, growth, targets))
+        return -float(m.utility_of(args, tables, rows, rollout(growth, torch.zeros_like(targets), targets)))
 
     assert penalty([4 / 7, 2 / 7, 1 / 7]) < 0.01 < penalty([1 / 3, 1 / 3, 1 / 3])
     assert penalty([1.0, 0.0, 0.0]) == pytest.approx(4 / 9 + 2 / 9, abs=1e-9)
+
+
+@pytest.mark.parametrize("fill", ["next_open", "next_close", "same_close"])
+def test_risk_budget_is_of_the_profit_that_the_account_makes(fill):
+    """Symbol by symbol, the profits whose covariance is taken add up to the account's return, whenever orders are filled."""
+    m, args, _, _, tables, agent, market = setting(
+        utility="risk_budget", portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, fill=fill),
+    )  # fmt: skip
+    market.smooth, rows = 0.0, m.rows_of(torch.tensor([70, 400]), 6)
+    with torch.no_grad():
+        path = m.roll_out(args, agent, market, tables, rows, 4)
+        net = path.growth - 1.0
+        profit = path.states[..., :4] * tables.to_fill[rows].unsqueeze(1) + path.targets * tables.to_mark[rows].unsqueeze(1)
+        found = m.utility_of(args, tables, rows, path)
+    torch.testing.assert_close(profit.sum(-1), net, atol=1e-4, rtol=0.01)
+    share = torch.stack(
+        [
+            torch.stack([torch.cov(torch.stack([profit[b, g, :, i], profit[b, g].sum(-1)]))[0, 1] for i in range(4)])
+            for b in range(2)
+            for g in range(4)
+        ]
+    ).view(2, 4, 4)
+    share = share / share.sum(-1, keepdim=True)
+    expected = path.growth.log().mean(-1) - args.penalty * (share - 0.25).square().sum(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_hedging_maximises_minus_the_variance_of_what_is_left():
@@ -386,10 +415,10 @@ def test_hedging_maximises_minus_the_variance_of_what_is_left():
     growth, owed = windows_of_growth(), torch.zeros(300, dtype=torch.float64)
     rows = m.rows_of(torch.tensor([10, 100, 200]), 50)
     owed[[60, 150, 250]] = torch.tensor([0.1, 0.2, 0.4], dtype=torch.float64)
-    tables = m.Tables(None, None, None, None, None, None, owed)
+    tables = m.Tables(None, None, None, None, None, None, None, owed)
     growth.requires_grad_()
     left = growth.prod(-1) - torch.tensor([0.1, 0.2, 0.4], dtype=torch.float64).unsqueeze(-1)
-    found = m.utility_of(m.Args(utility="hedge"), tables, rows, growth, None).mean()
+    found = m.utility_of(m.Args(utility="hedge"), tables, rows, rollout(growth)).mean()
     assert float(found) == pytest.approx(-float(left.var(correction=0)))
     ours, theirs = torch.autograd.grad(found, growth)[0], torch.autograd.grad(-left.var(correction=0), growth)[0]
     torch.testing.assert_close(ours, theirs)  # though its mean is held fixed
@@ -454,7 +483,7 @@ def test_every_choice_trains_and_is_reported_by_the_kernel(choice, prices, insid
         np.testing.assert_allclose(orders.sum(axis=1), 1.0, atol=1e-5)
     if choice not in ("risk_budget",):
         growth = torch.tensor(1.0 + frames["val"]["net_return"].to_numpy()).view(1, 1, -1)
-        again = float(SCRIPT.module.utility_of(args, None, None, growth, None))
+        again = float(SCRIPT.module.utility_of(args, None, None, rollout(growth)))
         assert again == pytest.approx(run["val_utility"], rel=2e-3, abs=2e-5)
 
 
@@ -484,7 +513,7 @@ def test_stress_windows_are_scenarios_and_the_worst_of_their_candidates():
         for k in range(6):
             rows = m.rows_of(candidates[k], args.horizon)
             path = m.roll_out(args, agent, market, tables, rows, 1, explore=False)
-            utility = m.utility_of(args, tables, rows, path.growth, path.targets).squeeze(1)
+            utility = m.utility_of(args, tables, rows, path).squeeze(1)
             assert found[k] == candidates[k, utility.argmin()] and len(utility.unique()) > 1
     assert torch.equal(m.worst(args, agent, market, tables, candidates[:, :1]), candidates[:, 0])
 
