@@ -575,7 +575,7 @@ if __name__ == "__main__":
         run_dir = Path(args.resume)
         if not (run_dir / "model.pt").is_file():
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
-        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        checkpoint = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
         saved = checkpoint["args"]
         args = Args(**{**saved, "portfolio": PortfolioConfig(**saved["portfolio"]), "resume": args.resume})
     for flag, low, high in (
@@ -584,8 +584,9 @@ if __name__ == "__main__":
         ("lookback", 1, np.inf), ("hidden", 1, np.inf), ("embedding", 0, np.inf), ("eval_every", 1, np.inf),
         ("checkpoint_every", 1, np.inf), ("stress_share", 0, 1), ("stress_histories", 1, np.inf),
         ("stress_candidates", 1, np.inf), ("kill_width", 1e-6, np.inf), ("cvar_alpha", 1e-6, 1), ("ema_decay", 0, 1),
+        ("gamma", 0, 1), ("kl_coef", 0, np.inf), ("kill_drawdown", 0, 1),
     ):  # fmt: skip
-        if not low <= getattr(args, flag) <= high:
+        if getattr(args, flag) is not None and not low <= getattr(args, flag) <= high:
             expected = f"{low} to {high}" if high < np.inf else f"at least {low}"
             sys.exit(
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {expected}, with --estimator {args.estimator}"
@@ -599,9 +600,15 @@ if __name__ == "__main__":
         (long_only and args.neutral != "none", "neutral", "none in long_only"),
         (long_only and args.pairs > 0, "pairs", "0 in long_only"),
         (not long_only and args.policy == "dirichlet", "policy", "gaussian in long_short"),
+        (args.pairs > 0 and args.neutral != "none", "pairs", "0 with --neutral, whose offsets break pairs up"),
     ):  # fmt: skip
         if refused:
             sys.exit(f"--{flag}: expected {expected}; this script's policies order weights inside gross and asset caps")
+    num_stress = round(args.stress_share * args.num_windows)
+    if num_stress == 0 and (args.stress_share > 0.0 or args.stress_labels or args.stress_macro):
+        sys.exit(f"--stress-share {args.stress_share}: expected at least {0.5 / args.num_windows:g}, for one window or more")
+    if args.stress_share > 0.0 and args.utility == "hedge":
+        sys.exit(f"--stress-share {args.stress_share}: expected 0 with --utility hedge: nothing is owed in a scenario")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
     batch_size = args.num_windows * args.group_size * args.horizon
     num_iterations = max(1, args.total_timesteps // batch_size)
@@ -623,9 +630,10 @@ if __name__ == "__main__":
             args.market, args.seed, symbols=args.symbols or None, start=args.start, end=args.end, resample=args.resample,
             columns=args.columns, series=args.series, series_lag=args.series_lag,
         )  # fmt: skip
+        last_fold = max(args.folds, 1) - 1
+        if not 0 <= args.fold <= last_fold:
+            raise ValueError(f"--fold {args.fold}: expected 0 to {last_fold}, for --folds {args.folds}")
         if args.folds:
-            if not 0 <= args.fold < args.folds:
-                raise ValueError(f"--fold {args.fold}: expected 0 to {args.folds - 1}, for --folds {args.folds}")
             splits = panel.walk_forward(args.folds, val_fraction=args.val_fraction, embargo=args.embargo)[args.fold]
         else:
             splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
@@ -642,6 +650,9 @@ if __name__ == "__main__":
                 f"--utility hedge: market {args.market} owes nothing; expected one such as synthetic:black-scholes"
             )
         markets = {split: data.market(splits[split]) for split in splits}
+        lives = {int(b - a - 1) for m in markets.values() for a, b in zip(m.starts, m.stops)}
+        if args.utility == "hedge" and lives != {args.horizon}:
+            raise ValueError(f"--horizon {args.horizon}: --utility hedge expects the bars from sale to payoff, {sorted(lives)}")
         windows = [
             np.arange(a, b - args.horizon) for a, b in zip(markets["train"].starts, markets["train"].stops)
         ]  # first rows
@@ -649,7 +660,7 @@ if __name__ == "__main__":
         if len(windows) == 0:
             raise ValueError(f"--horizon {args.horizon}: expected fewer bars than a range of the training split has")
         stressed = windows[:0]
-        if args.stress_share > 0.0:
+        if num_stress > 0:
             labels = args.stress_labels or ((2,) if args.stress_macro else (3,))
             scenario = Scenario(args.stress_model, labels, args.stress_macro, severity=args.stress_severity)
             bars = WARMUP + args.horizon + args.lookback + 1
@@ -667,6 +678,8 @@ if __name__ == "__main__":
                 for a, b in zip(execution, extra_data.execution)
             ))  # fmt: skip
         market = DiffMarket(execution, data.costs, args.smooth, device=device)
+        exact = copy.copy(market)  # of the same tables; models are chosen by what the ledger charges
+        exact.smooth = 0.0
         print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
         print(f"costs   {data.costs.describe()}")
     except ValueError as error:
@@ -719,11 +732,10 @@ if __name__ == "__main__":
 
     def draw_windows():
         """(B, H) rows; the share of stress scenarios comes last."""
-        stress = round(args.stress_share * args.num_windows)
-        ordinary = windows[torch.randint(len(windows), (args.num_windows - stress,)).to(device)]
-        if stress == 0:
+        ordinary = windows[torch.randint(len(windows), (args.num_windows - num_stress,)).to(device)]
+        if num_stress == 0:
             return rows_of(ordinary, args.horizon)
-        drawn = stressed[torch.randint(len(stressed), (stress, args.stress_candidates)).to(device)]
+        drawn = stressed[torch.randint(len(stressed), (num_stress, args.stress_candidates)).to(device)]
         return rows_of(torch.cat([ordinary, worst(args, agent, market, tables, drawn, **options)]), args.horizon)
 
     def ranges_of(split):
@@ -737,7 +749,7 @@ if __name__ == "__main__":
         total, number = 0.0, 0
         with torch.no_grad():
             for at in ranges_of(split):
-                path = roll_out(args, agent, market, tables, at, 1, explore=False, **options)
+                path = roll_out(args, agent, exact, tables, at, 1, explore=False, **options)
                 total += float(utility_of(args, tables, at, path).sum()) * at.shape[1]
                 number += at.numel()
         return total / number
@@ -774,7 +786,7 @@ if __name__ == "__main__":
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
         rows = draw_windows()
-        parts = rows.tensor_split(args.microbatches)
+        parts = [rows[i :: args.microbatches] for i in range(args.microbatches)]  # each with its share of stress scenarios
 
         # Rollouts for grpo, and their advantages
         if args.estimator != "pathwise":

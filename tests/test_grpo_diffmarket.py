@@ -22,6 +22,7 @@ from envs.synthetic import load_market, make_panel
 pytest_plugins = ["scripts"]
 
 GP = "synthetic:garleanu-pedersen:bars=300:train=2:val=1:test=1"
+BLACK_SCHOLES = "synthetic:black-scholes:bars=71:train=20:val=3:test=4"
 TINY = ["--num-windows", "8", "--group-size", "2", "--horizon", "8", "--lookback", "4", "--hidden", "8", "--embedding", "2"]
 TINY += ["--total-timesteps", "512", "--eval-every", "2"]
 SCRIPT = SCRIPTS["grpo_diffmarket"]
@@ -554,6 +555,16 @@ def test_the_share_of_stress_windows(inside):
         (["--stress-share", "0.5", "--stress-labels", "7"], ("labels", "0 .. 3")),
         (["--stress-share", "0.5", "--stress-macro", "rates"], ("rates", "extra series")),
         (["--stress-share", "2"], ("--stress-share 2", "0 to 1")),
+        (["--stress-share", "0.01"], ("--stress-share 0.01", "at least 0.0625")),
+        (["--stress-labels", "1"], ("--stress-share 0.0", "at least")),
+        (["--stress-macro", "rates"], ("--stress-share 0.0", "at least")),
+        (["--market", BLACK_SCHOLES, "--horizon", "10", "--stress-share", "0.5"], ("--stress-share 0.5", "hedge")),
+        (["--market", BLACK_SCHOLES, "--horizon", "6"], ("--horizon 6", "[10]")),
+        (["--pairs", "1", "--neutral", "market"], ("--pairs", "0 with --neutral")),
+        (["--fold", "1"], ("--fold 1", "--folds 0")),
+        (["--gamma", "1.5"], ("--gamma 1.5", "0 to 1")),
+        (["--kl-coef", "-1"], ("--kl-coef -1", "at least 0")),
+        (["--kill-drawdown", "15"], ("--kill-drawdown 15", "0 to 1")),
     ],
 )
 def test_bad_choices_are_named(complaint, options, words):
@@ -562,8 +573,7 @@ def test_bad_choices_are_named(complaint, options, words):
 
 
 def test_black_scholes_is_hedged_and_reported(inside):
-    market = "synthetic:black-scholes:bars=71:train=20:val=3:test=4"
-    g = inside("--market", market, "--horizon", "10", "--total-timesteps", "2560", "--num-windows", "32")
+    g = inside("--market", BLACK_SCHOLES, "--horizon", "10", "--total-timesteps", "2560", "--num-windows", "32")
     assert set(g["run"]["hedge"]) == {"delta RMS error", "hedged", "unhedged"}
     assert len(g["windows"]) == 20  # one for each option: it is sold at the first bar of the window and due at its end
     assert g["run"]["hedge"] == portfolio_references.hedge_error(g["data"], g["frames"]["test"], g["splits"]["test"])
@@ -594,6 +604,19 @@ def test_hedge_error_of_the_delta_is_zero():
 def test_amp_without_a_gpu_is_said_and_off(inside, capsys):
     g = inside("--market", GP, *TINY, "--amp")
     assert g["args"].amp is False and "--amp: no CUDA device" in capsys.readouterr().out
+
+
+def test_validation_charges_what_the_ledger_does(inside, prices):
+    g = inside("--market", prices, *TINY, "--smooth", "0.5", "--costs", "institutional:commission_bps=100")
+    net = g["frames"]["val"]["net_return"].to_numpy()
+    assert np.log1p(net).mean() == pytest.approx(g["run"]["val_utility"], rel=1e-4, abs=1e-7)
+
+
+def test_every_microbatch_has_stress_windows(inside):
+    options = ["--stress-share", "0.25", "--stress-histories", "3", "--microbatches", "2", "--total-timesteps", "128"]
+    g = inside("--market", GP, *TINY, *options)
+    assert [(part[:, 0] >= g["panel"].num_bars).sum().item() for part in g["parts"]] == [1, 1]
+    assert sorted(torch.cat(g["parts"])[:, 0].tolist()) == sorted(g["rows"][:, 0].tolist())
 
 
 def test_ledger_columns_of_the_report(inside, prices):
