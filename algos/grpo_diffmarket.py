@@ -381,7 +381,7 @@ def target_weights(args, action, account, bar, pair_projection=None):
         room = (bar.gross.clamp(max=1.0) - fixed).clamp(min=0.0).unsqueeze(-1)
         if args.policy == "gaussian":
             number = held.shape[-1]
-            logits = action[..., :number].masked_fill(~present, -torch.inf)
+            logits = action[..., :number].masked_fill(~present, torch.finfo(action.dtype).min)  # -inf: NaN if none is
             action = torch.cat([logits, action[..., number:]], dim=-1).softmax(-1)
         y = (room * action[..., : held.shape[-1]]).clamp(max=c.asset_cap)
         return torch.where(present, y if alive is None else y * alive, held)
@@ -419,8 +419,10 @@ def observe(account, cap):
 
 
 def choices(agent, present):
-    """(..., A) bool: where the policy has a choice: symbols with a bar, and cash."""
-    return torch.cat([present, torch.ones_like(present[..., :1])], dim=-1) if agent.has_cash else present
+    """(..., A) bool: where the policy has a choice: symbols with a bar, and cash; all where there is none, to no effect."""
+    if agent.has_cash:
+        return torch.cat([present, torch.ones_like(present[..., :1])], dim=-1)
+    return present | ~present.any(-1, keepdim=True)
 
 
 def trade(args, agent, market, account, encoded, bar, rows, noise, pair_projection):

@@ -270,6 +270,25 @@ def test_orders_are_inside_the_constraints(data):
         assert ((order * present).abs().sum(-1) <= (calm * present).abs().sum(-1) + 1e-5).all()
 
 
+@pytest.mark.parametrize("policy", ["gaussian", "dirichlet"])
+def test_gradients_are_finite_where_no_symbol_has_a_bar(policy):
+    """Without cash there is then no choice at all: what is held stays, and gradients go on through it alone."""
+    portfolio = PortfolioConfig(cash=False, costs="institutional")
+    m, args, _, _, tables, agent, market = setting(policy=policy, portfolio=portfolio, estimator="mix", utility="log")
+    tables.present[[72, 74]] = False
+    rows, parameters = m.rows_of(torch.tensor([70, 400]), 6), list(agent.parameters())
+    with torch.no_grad():
+        path = m.roll_out(args, agent, market, tables, rows, 2)
+        mask = m.choices(agent, tables.present[rows].unsqueeze(1))
+        old = agent.log_prob(path.scores, mask, path.actions)
+    torch.testing.assert_close(path.targets[0, :, 2], path.states[0, :, 2, :4])
+    loss, ratio = m.grpo_loss(args, agent, tables, rows, path, torch.randn(old.shape), old)
+    for each in (loss, m.pathwise_loss(args, agent, market, tables, rows)[0]):
+        grads = torch.autograd.grad(each, parameters, materialize_grads=True)
+        assert all(torch.isfinite(grad).all() for grad in grads) and any(grad.any() for grad in grads)
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-3, rtol=0)
+
+
 def test_the_kill_switch_is_a_logistic_function_of_the_drawdown():
     m = SCRIPT.module
     args = m.Args(kill_drawdown=0.1, kill_width=0.02, portfolio=PortfolioConfig(constraints="long_short", gross=2.0, scale=1.0))
