@@ -389,7 +389,9 @@ def target_weights(args, action, account, bar, pair_projection=None):
     if c.orders == "change":
         y = y + held
     if pair_projection is not None:
-        y = y @ pair_projection
+        partner = pair_projection.diag().diag() - pair_projection  # 1/2 where two symbols are a pair
+        y = torch.where((~present).to(y.dtype) @ partner > 0.0, -2.0 * held @ partner, y)  # offset a leg that cannot be ordered
+        y = torch.where(present, y, held) @ pair_projection
     if bar.exposures is not None:
         y = neutralise(torch.where(present, y, held), bar.exposures, present)
     if alive is not None:

@@ -289,6 +289,23 @@ def test_gradients_are_finite_where_no_symbol_has_a_bar(policy):
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-3, rtol=0)
 
 
+def test_pairs_stay_balanced_where_a_leg_has_no_bar():
+    """The other leg offsets what is held of it: nothing, once it was delisted."""
+    m = SCRIPT.module
+    args = m.Args(pairs=2, portfolio=PortfolioConfig(constraints="long_short", gross=4.0, scale=1.0))
+    legs = torch.tensor([[0.5, 0.0], [-0.5, 0.0], [0.0, 0.5], [0.0, -0.5], [0.0, 0.0]])
+    held = torch.tensor([0.2, -0.2, 0.3, -0.3, 0.0]).expand(3, -1)
+    present = torch.tensor([[True] * 5, [True, False, True, True, True], [True, False, False, False, True]])
+    bar = m.Bar(present, torch.full((3,), 4.0), None)
+    score = torch.tensor([0.5, 0.3, -0.2, 0.4, 0.9]).expand(3, -1)
+    order = m.target_weights(args, score, Account(held, torch.ones(3), torch.ones(3)), bar, 2.0 * legs @ legs.T)
+    expected = [[0.1, -0.1, -0.3, 0.3, 0.0], [0.2, -0.2, -0.3, 0.3, 0.0], [0.2, -0.2, 0.3, -0.3, 0.0]]
+    torch.testing.assert_close(order, torch.tensor(expected))
+    gone = Account(held * torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]), torch.ones(3), torch.ones(3))
+    order = m.target_weights(args, score, gone, bar, 2.0 * legs @ legs.T)
+    assert order[1, 0] == 0.0 and order[2, 0] == 0.0
+
+
 def test_the_kill_switch_is_a_logistic_function_of_the_drawdown():
     m = SCRIPT.module
     args = m.Args(kill_drawdown=0.1, kill_width=0.02, portfolio=PortfolioConfig(constraints="long_short", gross=2.0, scale=1.0))
