@@ -160,7 +160,7 @@ class Args:
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
     gamma: float = 0.9
-    """grpo: discount of the rewards to go; pathwise gradients are exact and need none"""
+    """grpo: discount of the rewards to go in log, mean_variance and drawdown; pathwise gradients are exact and need none"""
     update_epochs: int = 1
     """grpo: passes over each set of rollouts, 1 to 4"""
     clip_low: float = 0.2
@@ -176,7 +176,7 @@ class Args:
     max_grad_norm: float = 0.5
     """largest norm of the gradient"""
     reward_scale: float = 100.0
-    """factor on utilities and rewards"""
+    """pathwise, mix: factor on utilities and rewards; grpo divides advantages by their spread instead"""
     eval_every: int = 20
     """iterations between two backtests on the validation split"""
     patience: int = 0
@@ -839,7 +839,7 @@ if __name__ == "__main__":
                     grad = torch.autograd.grad(loss, parameters, materialize_grads=True)
                     kept.append(torch.cat([g.flatten() for g in grad]))
             stacks = [torch.stack(kept) for kept in gradients]
-            # Each weighted by the inverse of its variance over microbatches: the least variance that a mean of both can have
+            # Each weighted by the inverse of its variance over microbatches: the best if the two are uncorrelated
             new = torch.stack([stack.var(0).sum() for stack in stacks]).cpu()
             variances = new if iteration == 1 else 0.9 * variances + 0.1 * new
             share = variances[0] / variances.sum().clamp(min=1e-30)  # of the pathwise gradient
