@@ -160,7 +160,7 @@ class Args:
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
     gamma: float = 0.9
-    """grpo: discount of the rewards to go; pathwise gradients are exact and need none"""
+    """grpo: discount of the rewards to go in log, mean_variance and drawdown; pathwise gradients are exact and need none"""
     update_epochs: int = 1
     """grpo: passes over each set of rollouts, 1 to 4"""
     clip_low: float = 0.2
@@ -176,7 +176,7 @@ class Args:
     max_grad_norm: float = 0.5
     """largest norm of the gradient"""
     reward_scale: float = 100.0
-    """factor on utilities and rewards"""
+    """pathwise, mix: factor on utilities and rewards; grpo divides advantages by their spread instead"""
     eval_every: int = 20
     """iterations between two backtests on the validation split"""
     patience: int = 0
@@ -222,7 +222,8 @@ class Tables(NamedTuple):
     present: torch.Tensor  # (T, N) bool, (T,) and (T, N, K): as in Bar
     gross: torch.Tensor
     exposures: torch.Tensor | None
-    returns: torch.Tensor  # (T, N) simple return of each symbol from this mark to the next
+    to_fill: torch.Tensor  # (T, N) simple return of each symbol from this mark to the fill, on the weights held until then
+    to_mark: torch.Tensor  # (T, N) and from there to the next mark, on those ordered
     first: torch.Tensor  # (T,) int64 first row of the history that the row is in
     liability: torch.Tensor | None  # (T,) what is owed at that mark, in units of the starting equity
 
@@ -253,7 +254,7 @@ def make_tables(args, data, device, selection=None):
     return Tables(
         tensor(np.concatenate(blocks, axis=2)),
         torch.tensor(panel.present, device=device), tensor(data.gross), tensor(exposures),
-        tensor((1.0 + ex.to_fill) * (1.0 + ex.to_mark) - 1.0),
+        tensor(ex.to_fill), tensor(ex.to_mark),
         torch.tensor(panel.segments[panel.segment_of_row], device=device), tensor(liability),
     )  # fmt: skip
 
@@ -382,7 +383,7 @@ def target_weights(args, action, account, bar, pair_projection=None):
         room = (bar.gross.clamp(max=1.0) - fixed).clamp(min=0.0).unsqueeze(-1)
         if args.policy == "gaussian":
             number = held.shape[-1]
-            logits = action[..., :number].masked_fill(~present, -torch.inf)
+            logits = action[..., :number].masked_fill(~present, torch.finfo(action.dtype).min)  # -inf: NaN if none is
             action = torch.cat([logits, action[..., number:]], dim=-1).softmax(-1)
         y = (room * action[..., : held.shape[-1]]).clamp(max=c.asset_cap)
         return torch.where(present, y if alive is None else y * alive, held)
@@ -390,7 +391,9 @@ def target_weights(args, action, account, bar, pair_projection=None):
     if c.orders == "change":
         y = y + held
     if pair_projection is not None:
-        y = y @ pair_projection
+        partner = pair_projection.diag().diag() - pair_projection  # 1/2 where two symbols are a pair
+        y = torch.where((~present).to(y.dtype) @ partner > 0.0, -2.0 * held @ partner, y)  # offset a leg that cannot be ordered
+        y = torch.where(present, y, held) @ pair_projection
     if bar.exposures is not None:
         y = neutralise(torch.where(present, y, held), bar.exposures, present)
     if alive is not None:
@@ -420,8 +423,10 @@ def observe(account, cap):
 
 
 def choices(agent, present):
-    """(..., A) bool: where the policy has a choice: symbols with a bar, and cash."""
-    return torch.cat([present, torch.ones_like(present[..., :1])], dim=-1) if agent.has_cash else present
+    """(..., A) bool: where the policy has a choice: symbols with a bar, and cash; all where there is none, to no effect."""
+    if agent.has_cash:
+        return torch.cat([present, torch.ones_like(present[..., :1])], dim=-1)
+    return present | ~present.any(-1, keepdim=True)
 
 
 def trade(args, agent, market, account, encoded, bar, rows, noise, pair_projection):
@@ -465,25 +470,33 @@ def rewards_of(args, growth):
         net = growth - 1.0
         return net - 0.5 * args.risk_aversion * net.square()
     if args.utility == "drawdown":
-        equity = growth.cumprod(-1)
-        return log_growth - args.penalty * (1.0 - equity / equity.cummax(-1).values.clamp(min=1.0))
+        equity = peak = torch.ones_like(growth[..., 0])
+        falls = []
+        for factor in growth.unbind(-1):  # the gradient of cumprod is a cumsum, which has no deterministic form on CUDA
+            equity = equity * factor
+            peak = torch.maximum(peak, equity)
+            falls.append(1.0 - equity / peak)
+        return log_growth - args.penalty * torch.stack(falls, dim=-1)
     return None
 
 
-def utility_of(args, tables, rows, growth, targets):
-    """(B, G) utility of rollouts through windows of rows (B, H); growth (B, G, H), targets (B, G, H, N)."""
+def utility_of(args, tables, rows, path):
+    """(B, G) utility of rollouts through windows of rows (B, H)."""
+    growth = path.growth
     rewards = rewards_of(args, growth)
     if rewards is not None:
         return rewards.mean(-1)
     net, log_growth = growth - 1.0, growth.clamp(min=RUIN).log().mean(-1)
     if args.utility == "sharpe":
         return net.mean(-1) / (net.std(-1) + 1e-6)
-    if args.utility == "cvar":  # Rockafellar & Uryasev 2000: the minimum over v of v + E[(loss - v)+] / alpha, at the quantile
-        value_at_risk = torch.quantile(-net.detach(), 1.0 - args.cvar_alpha, dim=-1)
-        excess = (-net - value_at_risk.unsqueeze(-1)).clamp(min=0.0).mean(-1)
-        return log_growth - args.penalty * (value_at_risk + excess / args.cvar_alpha)
+    if args.utility == "cvar":  # Rockafellar & Uryasev 2000: the minimum over v of v + E[(loss - v)+] / alpha
+        bars = growth.shape[-1]
+        tail = args.cvar_alpha * bars  # so many of the largest losses, the last of them in part
+        share = (tail - torch.arange(bars, device=net.device)).clamp(0.0, 1.0) / tail
+        return log_growth - args.penalty * ((-net).sort(-1, descending=True).values * share.to(net.dtype)).sum(-1)
     if args.utility == "risk_budget":  # each symbol's share of the variance, against an equal share
-        profit = targets * tables.returns[rows].unsqueeze(1)
+        to_fill, to_mark = (x[rows].unsqueeze(1) for x in (tables.to_fill, tables.to_mark))
+        profit = path.states[..., : to_fill.shape[-1]] * to_fill + path.targets * to_mark
         profit = profit - profit.mean(2, keepdim=True)
         covariance = (profit * profit.sum(-1, keepdim=True)).mean(2)
         share = covariance / covariance.sum(-1, keepdim=True).clamp(min=1e-12)
@@ -516,16 +529,16 @@ def worst(args, agent, market, tables, candidates, **options):
     with torch.no_grad():
         rows = rows_of(candidates.flatten(), args.horizon)
         path = roll_out(args, agent, market, tables, rows, 1, explore=False, **options)
-        utility = utility_of(args, tables, rows, path.growth, path.targets).view(candidates.shape)
+        utility = utility_of(args, tables, rows, path).view(candidates.shape)
     return candidates.gather(1, utility.argmin(1, keepdim=True)).squeeze(1)
 
 
 def pathwise_loss(args, agent, market, tables, rows, reference=None, **options):
     """The utility of windows `rows`, negative: its gradient runs through every bar of the market."""
     path = roll_out(args, agent, market, tables, rows, args.group_size, **options)
-    utility = utility_of(args, tables, rows, path.growth, path.targets)
+    utility = utility_of(args, tables, rows, path)
     loss = -args.reward_scale * utility.mean()
-    return loss + penalty_kl(args, agent, reference, tables, rows, path.states.detach(), path.scores), utility
+    return loss + penalty_kl(args, agent, reference, tables, rows, path.states, path.scores), utility
 
 
 def grpo_loss(args, agent, tables, rows, path, advantages, old_log_probs, reference=None):
@@ -541,10 +554,12 @@ def grpo_loss(args, agent, tables, rows, path, advantages, old_log_probs, refere
 
 
 def penalty_kl(args, agent, reference, tables, rows, states, scores):
+    """kl_coef times the mean KL divergence from the reference in `states`; both policies' scores have gradients in these."""
     if args.kl_coef == 0.0:
         return 0.0
-    with torch.no_grad():
-        reference_scores = reference.decide(reference.encode(tables, rows).unsqueeze(1), states)
+    with torch.no_grad(), torch.autocast(rows.device.type, torch.bfloat16, enabled=args.amp):
+        encoded = reference.encode(tables, rows).to(states.dtype)
+    reference_scores = reference.decide(encoded.unsqueeze(1), states)
     mask = choices(agent, tables.present[rows].unsqueeze(1))
     return args.kl_coef * agent.kl(scores, mask, reference, reference_scores).mean()
 
@@ -566,7 +581,7 @@ if __name__ == "__main__":
         run_dir = Path(args.resume)
         if not (run_dir / "model.pt").is_file():
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
-        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        checkpoint = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
         saved = checkpoint["args"]
         args = Args(**{**saved, "portfolio": PortfolioConfig(**saved["portfolio"]), "resume": args.resume})
     for flag, low, high in (
@@ -575,8 +590,9 @@ if __name__ == "__main__":
         ("lookback", 1, np.inf), ("hidden", 1, np.inf), ("embedding", 0, np.inf), ("eval_every", 1, np.inf),
         ("checkpoint_every", 1, np.inf), ("stress_share", 0, 1), ("stress_histories", 1, np.inf),
         ("stress_candidates", 1, np.inf), ("kill_width", 1e-6, np.inf), ("cvar_alpha", 1e-6, 1), ("ema_decay", 0, 1),
+        ("gamma", 0, 1), ("kl_coef", 0, np.inf), ("kill_drawdown", 0, 1),
     ):  # fmt: skip
-        if not low <= getattr(args, flag) <= high:
+        if getattr(args, flag) is not None and not low <= getattr(args, flag) <= high:
             expected = f"{low} to {high}" if high < np.inf else f"at least {low}"
             sys.exit(
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {expected}, with --estimator {args.estimator}"
@@ -590,9 +606,15 @@ if __name__ == "__main__":
         (long_only and args.neutral != "none", "neutral", "none in long_only"),
         (long_only and args.pairs > 0, "pairs", "0 in long_only"),
         (not long_only and args.policy == "dirichlet", "policy", "gaussian in long_short"),
+        (args.pairs > 0 and args.neutral != "none", "pairs", "0 with --neutral, whose offsets break pairs up"),
     ):  # fmt: skip
         if refused:
             sys.exit(f"--{flag}: expected {expected}; this script's policies order weights inside gross and asset caps")
+    num_stress = round(args.stress_share * args.num_windows)
+    if num_stress == 0 and (args.stress_share > 0.0 or args.stress_labels or args.stress_macro):
+        sys.exit(f"--stress-share {args.stress_share}: expected at least {0.5 / args.num_windows:g}, for one window or more")
+    if args.stress_share > 0.0 and args.utility == "hedge":
+        sys.exit(f"--stress-share {args.stress_share}: expected 0 with --utility hedge: nothing is owed in a scenario")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
     batch_size = args.num_windows * args.group_size * args.horizon
     num_iterations = max(1, args.total_timesteps // batch_size)
@@ -614,9 +636,10 @@ if __name__ == "__main__":
             args.market, args.seed, symbols=args.symbols or None, start=args.start, end=args.end, resample=args.resample,
             columns=args.columns, series=args.series, series_lag=args.series_lag,
         )  # fmt: skip
+        last_fold = max(args.folds, 1) - 1
+        if not 0 <= args.fold <= last_fold:
+            raise ValueError(f"--fold {args.fold}: expected 0 to {last_fold}, for --folds {args.folds}")
         if args.folds:
-            if not 0 <= args.fold < args.folds:
-                raise ValueError(f"--fold {args.fold}: expected 0 to {args.folds - 1}, for --folds {args.folds}")
             splits = panel.walk_forward(args.folds, val_fraction=args.val_fraction, embargo=args.embargo)[args.fold]
         else:
             splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
@@ -633,12 +656,15 @@ if __name__ == "__main__":
                 f"--utility hedge: market {args.market} owes nothing; expected one such as synthetic:black-scholes"
             )
         markets = {split: data.market(splits[split]) for split in splits}
+        lives = {int(b - a - 1) for m in markets.values() for a, b in zip(m.starts, m.stops)}
+        if args.utility == "hedge" and lives != {args.horizon}:
+            raise ValueError(f"--horizon {args.horizon}: --utility hedge expects the bars from sale to payoff, {sorted(lives)}")
         ranges = list(zip(markets["train"].starts, markets["train"].stops))
         windows = torch.as_tensor(np.concatenate([np.arange(a, b - args.horizon) for a, b in ranges]), device=device)
         if len(windows) == 0:
             raise ValueError(f"--horizon {args.horizon}: expected fewer bars than a range of the training split has")
         stressed = windows[:0]
-        if args.stress_share > 0.0:
+        if num_stress > 0:
             labels = args.stress_labels or ((2,) if args.stress_macro else (3,))
             scenario = Scenario(args.stress_model, labels, args.stress_macro, severity=args.stress_severity)
             bars = WARMUP + args.horizon + args.lookback + 1
@@ -656,6 +682,8 @@ if __name__ == "__main__":
                 for a, b in zip(execution, extra_data.execution)
             ))  # fmt: skip
         market = DiffMarket(execution, data.costs, args.smooth, device=device)
+        exact = copy.copy(market)  # of the same tables; models are chosen by what the ledger charges
+        exact.smooth = 0.0
         print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
         print(f"costs   {data.costs.describe()}")
     except ValueError as error:
@@ -708,11 +736,10 @@ if __name__ == "__main__":
 
     def draw_windows():
         """(B, H) rows; the share of stress scenarios comes last."""
-        stress = round(args.stress_share * args.num_windows)
-        ordinary = windows[torch.randint(len(windows), (args.num_windows - stress,)).to(device)]
-        if stress == 0:
+        ordinary = windows[torch.randint(len(windows), (args.num_windows - num_stress,)).to(device)]
+        if num_stress == 0:
             return rows_of(ordinary, args.horizon)
-        drawn = stressed[torch.randint(len(stressed), (stress, args.stress_candidates)).to(device)]
+        drawn = stressed[torch.randint(len(stressed), (num_stress, args.stress_candidates)).to(device)]
         return rows_of(torch.cat([ordinary, worst(args, agent, market, tables, drawn, **options)]), args.horizon)
 
     def ranges_of(split):
@@ -726,8 +753,8 @@ if __name__ == "__main__":
         total, number = 0.0, 0
         with torch.no_grad():
             for at in ranges_of(split):
-                path = roll_out(args, agent, market, tables, at, 1, explore=False, **options)
-                total += float(utility_of(args, tables, at, path.growth, path.targets).sum()) * at.shape[1]
+                path = roll_out(args, agent, exact, tables, at, 1, explore=False, **options)
+                total += float(utility_of(args, tables, at, path).sum()) * at.shape[1]
                 number += at.numel()
         return total / number
 
@@ -763,13 +790,13 @@ if __name__ == "__main__":
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
         rows = draw_windows()
-        parts = rows.tensor_split(args.microbatches)
+        parts = [rows[i :: args.microbatches] for i in range(args.microbatches)]  # each with its share of stress scenarios
 
         # Rollouts for grpo, and their advantages
         if args.estimator != "pathwise":
             with torch.no_grad():
                 paths = [roll_out(args, agent, market, tables, part, args.group_size, **options) for part in parts]
-                utilities = [utility_of(args, tables, part, p.growth, p.targets) for part, p in zip(parts, paths)]
+                utilities = [utility_of(args, tables, part, p) for part, p in zip(parts, paths)]
                 advantages = [
                     advantages_of(args, rewards_of(args, p.growth), u, args.horizon) for p, u in zip(paths, utilities)
                 ]
@@ -812,7 +839,7 @@ if __name__ == "__main__":
                     grad = torch.autograd.grad(loss, parameters, materialize_grads=True)
                     kept.append(torch.cat([g.flatten() for g in grad]))
             stacks = [torch.stack(kept) for kept in gradients]
-            # Each weighted by the inverse of its variance over microbatches: the least variance that a mean of both can have
+            # Each weighted by the inverse of its variance over microbatches: the best if the two are uncorrelated
             new = torch.stack([stack.var(0).sum() for stack in stacks]).cpu()
             variances = new if iteration == 1 else 0.9 * variances + 0.1 * new
             share = variances[0] / variances.sum().clamp(min=1e-30)  # of the pathwise gradient

@@ -1,5 +1,6 @@
 """algos/grpo_diffmarket.py: what it alone does: two estimators of one gradient, its policies, utilities, stress scenarios."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -21,6 +22,7 @@ from envs.synthetic import load_market, make_panel
 pytest_plugins = ["scripts"]
 
 GP = "synthetic:garleanu-pedersen:bars=300:train=2:val=1:test=1"
+BLACK_SCHOLES = "synthetic:black-scholes:bars=71:train=20:val=3:test=4"
 TINY = ["--num-windows", "8", "--group-size", "2", "--horizon", "8", "--lookback", "4", "--hidden", "8", "--embedding", "2"]
 TINY += ["--total-timesteps", "512", "--eval-every", "2"]
 SCRIPT = SCRIPTS["grpo_diffmarket"]
@@ -70,7 +72,7 @@ def test_grpo_and_pathwise_gradients_agree_on_a_one_step_quadratic():
     def grpo():
         with torch.no_grad():
             path = m.roll_out(args, agent, market, tables, rows, args.group_size)
-            utility = m.utility_of(args, tables, rows, path.growth, path.targets)
+            utility = m.utility_of(args, tables, rows, path)
             advantages = m.advantages_of(args, m.rewards_of(args, path.growth), utility, 1)
             old = agent.log_prob(path.scores, m.choices(agent, tables.present[rows].unsqueeze(1)), path.actions)
         return flat(m.grpo_loss(args, agent, tables, rows, path, advantages, old)[0])
@@ -99,7 +101,7 @@ def test_the_pathwise_gradient_is_that_of_the_utility():
         torch.set_default_dtype(torch.float64)
         try:
             path = m.roll_out(args, agent, market, tables, rows, 1, explore=False)
-            return m.utility_of(args, tables, rows, path.growth, path.targets).mean()
+            return m.utility_of(args, tables, rows, path).mean()
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -117,6 +119,31 @@ def test_the_pathwise_gradient_is_that_of_the_utility():
             down = utility()
             parameter[at] += 1e-4
         assert float(grad[at]) == pytest.approx(float(up - down) / 2e-4, rel=1e-4) and grad[at] != 0
+
+
+def test_the_gradient_of_the_kl_penalty_runs_through_the_weights_held():
+    """Against differences, in float64: states depend on the parameters too, and both policies are read in them."""
+    m, args, _, data, tables, agent, _ = setting(kl_coef=1.0, reward_scale=0.0, log_std=-1.0, group_size=2)
+    market, agent = DiffMarket(data.execution, data.costs, args.smooth, dtype=torch.float64), agent.double()
+    tables = m.Tables(*(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in tables))
+    reference = copy.deepcopy(agent).requires_grad_(False)
+    with torch.no_grad():
+        reference.score.weight.mul_(-1.0)
+        reference.held.mul_(2.0)
+    rows = m.rows_of(torch.tensor([70, 390]), 6)
+
+    def penalty():
+        torch.manual_seed(0)
+        return m.pathwise_loss(args, agent, market, tables, rows, reference)[0]
+
+    parameter, at = agent.score.weight, (0, 3)
+    (grad,) = torch.autograd.grad(penalty(), parameter)
+    with torch.no_grad():
+        parameter[at] += 1e-5
+        up = penalty()
+        parameter[at] -= 2e-5
+        down = penalty()
+    assert float(grad[at]) == pytest.approx(float(up - down) / 2e-5, rel=1e-4)
 
 
 def test_advantages_equal_the_slow_definition():
@@ -243,6 +270,42 @@ def test_orders_are_inside_the_constraints(data):
         assert ((order * present).abs().sum(-1) <= (calm * present).abs().sum(-1) + 1e-5).all()
 
 
+@pytest.mark.parametrize("policy", ["gaussian", "dirichlet"])
+def test_gradients_are_finite_where_no_symbol_has_a_bar(policy):
+    """Without cash there is then no choice at all: what is held stays, and gradients go on through it alone."""
+    portfolio = PortfolioConfig(cash=False, costs="institutional")
+    m, args, _, _, tables, agent, market = setting(policy=policy, portfolio=portfolio, estimator="mix", utility="log")
+    tables.present[[72, 74]] = False
+    rows, parameters = m.rows_of(torch.tensor([70, 400]), 6), list(agent.parameters())
+    with torch.no_grad():
+        path = m.roll_out(args, agent, market, tables, rows, 2)
+        mask = m.choices(agent, tables.present[rows].unsqueeze(1))
+        old = agent.log_prob(path.scores, mask, path.actions)
+    torch.testing.assert_close(path.targets[0, :, 2], path.states[0, :, 2, :4])
+    loss, ratio = m.grpo_loss(args, agent, tables, rows, path, torch.randn(old.shape), old)
+    for each in (loss, m.pathwise_loss(args, agent, market, tables, rows)[0]):
+        grads = torch.autograd.grad(each, parameters, materialize_grads=True)
+        assert all(torch.isfinite(grad).all() for grad in grads) and any(grad.any() for grad in grads)
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-3, rtol=0)
+
+
+def test_pairs_stay_balanced_where_a_leg_has_no_bar():
+    """The other leg offsets what is held of it: nothing, once it was delisted."""
+    m = SCRIPT.module
+    args = m.Args(pairs=2, portfolio=PortfolioConfig(constraints="long_short", gross=4.0, scale=1.0))
+    legs = torch.tensor([[0.5, 0.0], [-0.5, 0.0], [0.0, 0.5], [0.0, -0.5], [0.0, 0.0]])
+    held = torch.tensor([0.2, -0.2, 0.3, -0.3, 0.0]).expand(3, -1)
+    present = torch.tensor([[True] * 5, [True, False, True, True, True], [True, False, False, False, True]])
+    bar = m.Bar(present, torch.full((3,), 4.0), None)
+    score = torch.tensor([0.5, 0.3, -0.2, 0.4, 0.9]).expand(3, -1)
+    order = m.target_weights(args, score, Account(held, torch.ones(3), torch.ones(3)), bar, 2.0 * legs @ legs.T)
+    expected = [[0.1, -0.1, -0.3, 0.3, 0.0], [0.2, -0.2, -0.3, 0.3, 0.0], [0.2, -0.2, 0.3, -0.3, 0.0]]
+    torch.testing.assert_close(order, torch.tensor(expected))
+    gone = Account(held * torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]), torch.ones(3), torch.ones(3))
+    order = m.target_weights(args, score, gone, bar, 2.0 * legs @ legs.T)
+    assert order[1, 0] == 0.0 and order[2, 0] == 0.0
+
+
 def test_the_kill_switch_is_a_logistic_function_of_the_drawdown():
     m = SCRIPT.module
     args = m.Args(kill_drawdown=0.1, kill_width=0.02, portfolio=PortfolioConfig(constraints="long_short", gross=2.0, scale=1.0))
@@ -303,6 +366,10 @@ def windows_of_growth(seed=0, shape=(3, 4, 50)):
     return 1.0 + 0.03 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def rollout(growth, states=None, targets=None):
+    return SCRIPT.module.Rollout(growth, states, None, None, targets)
+
+
 def test_utilities_by_hand():
     m = SCRIPT.module
     growth = windows_of_growth()
@@ -310,7 +377,7 @@ def test_utilities_by_hand():
 
     def utility(name, **changes):
         args = m.Args(utility=name, penalty=0.3, **changes)
-        return m.utility_of(args, None, None, growth, None).numpy()
+        return m.utility_of(args, None, None, rollout(growth)).numpy()
 
     log = np.log(g).mean(-1)
     np.testing.assert_allclose(utility("log"), log)
@@ -323,27 +390,61 @@ def test_utilities_by_hand():
     for at in np.ndindex(3, 4):  # the minimum over v, found by trying
         worst = (v + np.maximum(-(g[at] - 1) - v[:, None], 0).mean(1) / 0.2).min()
         assert utility("cvar", cvar_alpha=0.2)[at] == pytest.approx(log[at] - 0.3 * worst, abs=1e-5)
+    for at in np.ndindex(3, 4):  # a tail of 2.5 bars
+        worst = np.sort(1 - g[at])[::-1]
+        tail = (worst[0] + worst[1] + 0.5 * worst[2]) / 2.5
+        assert utility("cvar", cvar_alpha=0.05)[at] == pytest.approx(log[at] - 0.3 * tail, abs=1e-9)
+    net = growth.clone().requires_grad_()
+    args = m.Args(utility="cvar", cvar_alpha=0.05, penalty=1.0)
+    risk = net.clamp(min=RUIN).log().mean(-1) - m.utility_of(args, None, None, rollout(net))
+    (grad,) = torch.autograd.grad(risk.sum(), net)
+    torch.testing.assert_close(grad.sum(-1), -torch.ones_like(risk))  # all returns up by x: the risk down by x
     ruined = growth.clone()
     ruined[0, 0, 3] = -2.0
     floored = (np.log(g[0, 0]).sum() - np.log(g[0, 0, 3]) + np.log(RUIN)) / 50
-    assert float(m.utility_of(m.Args(), None, None, ruined, None)[0, 0]) == pytest.approx(floored)
+    assert float(m.utility_of(m.Args(), None, None, rollout(ruined))[0, 0]) == pytest.approx(floored)
 
 
 def test_risk_budget_is_best_where_contributions_are_equal():
     m = SCRIPT.module
     rng = torch.Generator().manual_seed(0)
     returns = torch.randn((2000, 3), generator=rng, dtype=torch.float64) * torch.tensor([0.01, 0.02, 0.04])
-    tables = m.Tables(None, None, None, None, returns, None, None)
+    tables = m.Tables(None, None, None, None, torch.zeros_like(returns), returns, None, None)
     rows = torch.arange(2000).unsqueeze(0)
     args = m.Args(utility="risk_budget", penalty=1.0)
     growth = torch.ones((1, 1, 2000), dtype=torch.float64)
 
     def penalty(weights):
         targets = torch.tensor(weights, dtype=torch.float64).expand(1, 1, 2000, 3)
-        return -float(m.utility_of(args, tables, rows, growth, targets))
+        return -float(m.utility_of(args, tables, rows, rollout(growth, torch.zeros_like(targets), targets)))
 
     assert penalty([4 / 7, 2 / 7, 1 / 7]) < 0.01 < penalty([1 / 3, 1 / 3, 1 / 3])
     assert penalty([1.0, 0.0, 0.0]) == pytest.approx(4 / 9 + 2 / 9, abs=1e-9)
+
+
+@pytest.mark.parametrize("fill", ["next_open", "next_close", "same_close"])
+def test_risk_budget_is_of_the_profit_that_the_account_makes(fill):
+    """Symbol by symbol, the profits whose covariance is taken add up to the account's return, whenever orders are filled."""
+    m, args, _, _, tables, agent, market = setting(
+        utility="risk_budget", portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, fill=fill),
+    )  # fmt: skip
+    market.smooth, rows = 0.0, m.rows_of(torch.tensor([70, 400]), 6)
+    with torch.no_grad():
+        path = m.roll_out(args, agent, market, tables, rows, 4)
+        net = path.growth - 1.0
+        profit = path.states[..., :4] * tables.to_fill[rows].unsqueeze(1) + path.targets * tables.to_mark[rows].unsqueeze(1)
+        found = m.utility_of(args, tables, rows, path)
+    torch.testing.assert_close(profit.sum(-1), net, atol=1e-4, rtol=0.01)
+    share = torch.stack(
+        [
+            torch.stack([torch.cov(torch.stack([profit[b, g, :, i], profit[b, g].sum(-1)]))[0, 1] for i in range(4)])
+            for b in range(2)
+            for g in range(4)
+        ]
+    ).view(2, 4, 4)
+    share = share / share.sum(-1, keepdim=True)
+    expected = path.growth.log().mean(-1) - args.penalty * (share - 0.25).square().sum(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_hedging_maximises_minus_the_variance_of_what_is_left():
@@ -351,10 +452,10 @@ def test_hedging_maximises_minus_the_variance_of_what_is_left():
     growth, owed = windows_of_growth(), torch.zeros(300, dtype=torch.float64)
     rows = m.rows_of(torch.tensor([10, 100, 200]), 50)
     owed[[60, 150, 250]] = torch.tensor([0.1, 0.2, 0.4], dtype=torch.float64)
-    tables = m.Tables(None, None, None, None, None, None, owed)
+    tables = m.Tables(None, None, None, None, None, None, None, owed)
     growth.requires_grad_()
     left = growth.prod(-1) - torch.tensor([0.1, 0.2, 0.4], dtype=torch.float64).unsqueeze(-1)
-    found = m.utility_of(m.Args(utility="hedge"), tables, rows, growth, None).mean()
+    found = m.utility_of(m.Args(utility="hedge"), tables, rows, rollout(growth)).mean()
     assert float(found) == pytest.approx(-float(left.var(correction=0)))
     ours, theirs = torch.autograd.grad(found, growth)[0], torch.autograd.grad(-left.var(correction=0), growth)[0]
     torch.testing.assert_close(ours, theirs)  # though its mean is held fixed
@@ -419,7 +520,7 @@ def test_every_choice_trains_and_is_reported_by_the_kernel(choice, prices, insid
         np.testing.assert_allclose(orders.sum(axis=1), 1.0, atol=1e-5)
     if choice not in ("risk_budget",):
         growth = torch.tensor(1.0 + frames["val"]["net_return"].to_numpy()).view(1, 1, -1)
-        again = float(SCRIPT.module.utility_of(args, None, None, growth, None))
+        again = float(SCRIPT.module.utility_of(args, None, None, rollout(growth)))
         assert again == pytest.approx(run["val_utility"], rel=2e-3, abs=2e-5)
 
 
@@ -449,7 +550,7 @@ def test_stress_windows_are_scenarios_and_the_worst_of_their_candidates():
         for k in range(6):
             rows = m.rows_of(candidates[k], args.horizon)
             path = m.roll_out(args, agent, market, tables, rows, 1, explore=False)
-            utility = m.utility_of(args, tables, rows, path.growth, path.targets).squeeze(1)
+            utility = m.utility_of(args, tables, rows, path).squeeze(1)
             assert found[k] == candidates[k, utility.argmin()] and len(utility.unique()) > 1
     assert torch.equal(m.worst(args, agent, market, tables, candidates[:, :1]), candidates[:, 0])
 
@@ -490,6 +591,16 @@ def test_the_share_of_stress_windows(inside):
         (["--stress-share", "0.5", "--stress-labels", "7"], ("labels", "0 .. 3")),
         (["--stress-share", "0.5", "--stress-macro", "rates"], ("rates", "extra series")),
         (["--stress-share", "2"], ("--stress-share 2", "0 to 1")),
+        (["--stress-share", "0.01"], ("--stress-share 0.01", "at least 0.0625")),
+        (["--stress-labels", "1"], ("--stress-share 0.0", "at least")),
+        (["--stress-macro", "rates"], ("--stress-share 0.0", "at least")),
+        (["--market", BLACK_SCHOLES, "--horizon", "10", "--stress-share", "0.5"], ("--stress-share 0.5", "hedge")),
+        (["--market", BLACK_SCHOLES, "--horizon", "6"], ("--horizon 6", "[10]")),
+        (["--pairs", "1", "--neutral", "market"], ("--pairs", "0 with --neutral")),
+        (["--fold", "1"], ("--fold 1", "--folds 0")),
+        (["--gamma", "1.5"], ("--gamma 1.5", "0 to 1")),
+        (["--kl-coef", "-1"], ("--kl-coef -1", "at least 0")),
+        (["--kill-drawdown", "15"], ("--kill-drawdown 15", "0 to 1")),
     ],
 )
 def test_bad_choices_are_named(complaint, options, words):
@@ -498,8 +609,7 @@ def test_bad_choices_are_named(complaint, options, words):
 
 
 def test_black_scholes_is_hedged_and_reported(inside):
-    market = "synthetic:black-scholes:bars=71:train=20:val=3:test=4"
-    g = inside("--market", market, "--horizon", "10", "--total-timesteps", "2560", "--num-windows", "32")
+    g = inside("--market", BLACK_SCHOLES, "--horizon", "10", "--total-timesteps", "2560", "--num-windows", "32")
     assert set(g["run"]["hedge"]) == {"delta RMS error", "hedged", "unhedged"}
     assert len(g["windows"]) == 20  # one for each option: it is sold at the first bar of the window and due at its end
     assert g["run"]["hedge"] == portfolio_references.hedge_error(g["data"], g["frames"]["test"], g["splits"]["test"])
@@ -530,6 +640,19 @@ def test_hedge_error_of_the_delta_is_zero():
 def test_amp_without_a_gpu_is_said_and_off(inside, capsys):
     g = inside("--market", GP, *TINY, "--amp")
     assert g["args"].amp is False and "--amp: no CUDA device" in capsys.readouterr().out
+
+
+def test_validation_charges_what_the_ledger_does(inside, prices):
+    g = inside("--market", prices, *TINY, "--smooth", "0.5", "--costs", "institutional:commission_bps=100")
+    net = g["frames"]["val"]["net_return"].to_numpy()
+    assert np.log1p(net).mean() == pytest.approx(g["run"]["val_utility"], rel=1e-4, abs=1e-7)
+
+
+def test_every_microbatch_has_stress_windows(inside):
+    options = ["--stress-share", "0.25", "--stress-histories", "3", "--microbatches", "2", "--total-timesteps", "128"]
+    g = inside("--market", GP, *TINY, *options)
+    assert [(part[:, 0] >= g["panel"].num_bars).sum().item() for part in g["parts"]] == [1, 1]
+    assert sorted(torch.cat(g["parts"])[:, 0].tolist()) == sorted(g["rows"][:, 0].tolist())
 
 
 def test_ledger_columns_of_the_report(inside, prices):
