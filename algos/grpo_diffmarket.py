@@ -104,8 +104,8 @@ class Args:
     pairs: int = 0
     """long_short: order so many pairs of symbols, chosen in training data, instead of symbols (0: symbols)"""
     kill_drawdown: float | None = None
-    """an order is scaled smoothly to half at this drawdown and on to nothing, such as 0.15; with --orders change what is held is
-    part of it, so that it fades bar by bar"""
+    """an order is scaled smoothly to half at this drawdown and on to nothing, such as 0.15; with --orders change what is
+    held is part of it, so that it fades bar by bar"""
     kill_width: float = 0.01
     """how gradually: it is a logistic function of drawdown / this"""
 
