@@ -531,7 +531,8 @@ def main(args: Args) -> list[dict]:
                 tables[market] = kind(load_market(market, 1))
             rows += measure(args, tables.get(market))
             facts["load_at_end"] = os.getloadavg()[0]
-            content = {"machine": facts, "arguments": dataclasses.asdict(args) | {"out": str(args.out)}, "rows": rows}
+            arguments = {name: value for name, value in dataclasses.asdict(args).items() if name != "out"}
+            content = {"machine": facts, "arguments": arguments, "rows": rows}
             ledger.write_json(args.out / "throughput.json", content)
             (args.out / "throughput.md").write_text(markdown(facts, rows))
     return rows
