@@ -587,7 +587,8 @@ if __name__ == "__main__":
         args = Args(**{**saved, "portfolio": PortfolioConfig(**saved["portfolio"]), "resume": args.resume})
     for flag, low, high in (
         ("num_windows", 1, np.inf), ("group_size", 1 if args.estimator == "pathwise" else 2, np.inf), ("horizon", 2, np.inf),
-        ("microbatches", 2 if args.estimator == "mix" else 1, args.num_windows), ("update_epochs", 1, 4),
+        ("microbatches", 2 if args.estimator == "mix" else 1, args.num_windows),
+        ("update_epochs", 1, 4 if args.estimator == "grpo" else 1),
         ("lookback", 1, np.inf), ("hidden", 1, np.inf), ("embedding", 0, np.inf), ("eval_every", 1, np.inf),
         ("checkpoint_every", 1, np.inf), ("stress_share", 0, 1), ("stress_histories", 1, np.inf),
         ("stress_candidates", 1, np.inf), ("kill_width", 1e-6, np.inf), ("cvar_alpha", 1e-6, 1), ("ema_decay", 0, 1),
@@ -601,16 +602,18 @@ if __name__ == "__main__":
     c, long_only = args.portfolio, args.portfolio.constraints == LONG_ONLY
     left_over = c.asset_cap < 1 or args.kill_drawdown is not None  # weight that only cash can hold
     for refused, flag, expected in (
-        (c.groups is not None, "groups", "none"), (c.net is not None, "net", "none: see --neutral market"),
+        (c.groups is not None, "groups", "none: the caps here are on gross and assets"),
+        (c.net is not None, "net", "none: see --neutral market"),
         (c.leverage, "leverage", "no such action"), (long_only and c.orders != "target", "orders", "target in long_only"),
         (long_only and not c.cash and left_over, "no-cash", "cash, to hold what caps and kill switch leave over"),
         (long_only and args.neutral != "none", "neutral", "none in long_only"),
         (long_only and args.pairs > 0, "pairs", "0 in long_only"),
         (not long_only and args.policy == "dirichlet", "policy", "gaussian in long_short"),
+        (args.estimator == "mix" and args.num_windows % args.microbatches, "microbatches", "a divisor of --num-windows"),
         (args.pairs > 0 and args.neutral != "none", "pairs", "0 with --neutral, whose offsets break pairs up"),
     ):  # fmt: skip
         if refused:
-            sys.exit(f"--{flag}: expected {expected}; this script's policies order weights inside gross and asset caps")
+            sys.exit(f"--{flag}: expected {expected}")
     num_stress = round(args.stress_share * args.num_windows)
     if num_stress == 0 and (args.stress_share > 0.0 or args.stress_labels or args.stress_macro):
         sys.exit(f"--stress-share {args.stress_share}: expected at least {0.5 / args.num_windows:g}, for one window or more")
