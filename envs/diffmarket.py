@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from envs.costs import DELISTED, RECORD, RUIN, TRADABLE, UNTRADABLE, Costs, Execution
+from envs.costs import RECORD, RUIN, TRADABLE, UNTRADABLE, Costs, Execution
 
 _MAX_ITERATIONS = 60  # as the kernel
 _FIXED_ITERATIONS = 8  # on CUDA and where compiled, without asking after each whether it was the last
@@ -58,7 +58,6 @@ class DiffMarket:
         if self._has_impact:
             tables.append(execution.impact)
         # (T, K, N): one lookup per bar. A delisted symbol can only be closed: it is traded, to 0.
-        assert DELISTED not in (UNTRADABLE, TRADABLE)
         self._tables = torch.stack([torch.as_tensor(x).to(device, dtype) for x in tables], dim=1)
         self._years = torch.as_tensor(execution.years).to(device, dtype)
         self._fill_at_end = execution.fill_at_end
