@@ -97,7 +97,7 @@ class DatasetWriter:
         self.meta, self.num_envs, self.space = dict(meta), num_envs, action_space
         self.episodes = self.steps = 0  # that are finished, and rows that are in the file
         self._layout = _layout(path, observation_size, action_space)
-        self._buffer = None  # (slots, num_envs) rows of all keys; made by the first step, which says which infos there are
+        self._buffer = None  # (slots, num_envs) rows of all keys: the first step says which infos there are
         self._length = 0  # slots in use
         self._start = np.zeros(num_envs, np.int64)  # slot of the first step of each market's episode
         self._pending, self._pending_rows = [], 0  # finished episodes that are not in the file yet
@@ -125,8 +125,8 @@ class DatasetWriter:
             "observations": obs, "next_observations": next_obs, "actions": actions, "rewards": rewards, "terminals": terminated,
             "timeouts": truncated & ~terminated, "dones": done, "episode_terminals": done,
         } | {f"infos/{name}": values for name, values in infos.items()}  # fmt: skip
-        if self._buffer is None:
-            self._create(infos)
+        if not (self._length or self.episodes):
+            self._buffer = self._allocate(infos)
         expected = [key.removeprefix("infos/") for key in self._buffer.dtype.names if key not in REQUIRED]
         if set(infos) != set(expected):
             raise DatasetError(f"{self.path}: infos {sorted(infos)}: expected {sorted(expected)}, as at the first step")
@@ -184,20 +184,17 @@ class DatasetWriter:
         return self
 
     def __exit__(self, kind, error, traceback):
-        self.close() if kind is None else self.drop()
+        if kind is None:
+            self.close()
+        else:
+            self.drop()
 
-    def _create(self, infos):
+    def _allocate(self, infos):
         unknown = [name for name in infos if name not in OPTIONAL or f"infos/{name}" not in self._layout]
         if unknown:
             raise DatasetError(f"{self.path}: infos {unknown}: expected some of {OPTIONAL}, masks for Discrete actions only")
         keys = [key for key in KEYS if key in REQUIRED or key.removeprefix("infos/") in infos]
-        self._buffer = np.zeros((64, self.num_envs), [(key, *self._layout[key]) for key in keys])
-        for key in keys:
-            dtype, shape = self._layout[key]
-            self._file.create_dataset(  # lzf: twice as fast as gzip, both ways; fletcher32 finds damage where no hash is known
-                key, (0, *shape), dtype, maxshape=(None, *shape), chunks=(CHUNK, *shape),
-                compression="lzf", shuffle=True, fletcher32=True,
-            )  # fmt: skip
+        return np.zeros((64, self.num_envs), [(key, *self._layout[key]) for key in keys])
 
     def _make_room(self):
         if self._length < len(self._buffer):
@@ -227,6 +224,12 @@ class DatasetWriter:
         rows = np.concatenate(self._pending)
         count = len(rows) if last else len(rows) // CHUNK * CHUNK
         for key in rows.dtype.names:
+            if key not in self._file:
+                dtype, shape = self._layout[key]
+                self._file.create_dataset(  # lzf: twice as fast as gzip; fletcher32 finds damage where no hash is known
+                    key, (0, *shape), dtype, maxshape=(None, *shape), chunks=(CHUNK, *shape),
+                    compression="lzf", shuffle=True, fletcher32=True,
+                )  # fmt: skip
             self._file[key].resize(self.steps + count, axis=0)
             self._file[key][self.steps :] = rows[key][:count]
         self.steps += count
@@ -246,17 +249,17 @@ class Contents(NamedTuple):
 def validate(path: str | Path, action_space: gym.Space | None = None) -> Contents:
     """Check a dataset row by row, in bounded memory (the file is only read); returns what it holds.
 
-    A file with `dataset_meta.json` beside it must be what that says, byte for byte. One without may come from anywhere: it needs
-    the keys `FOREIGN`, and its hash is not checked. What it lacks is taken from the rest, and said in meta["inferred"]: timeouts
-    from dones or episode_terminals, else none; the last row ends an episode; next_observations from the next row (a timeout has
-    none); bounds of actions from `action_space`, else from the actions.
+    A file with `dataset_meta.json` beside it must be what that says, byte for byte. One without may come from anywhere: it
+    needs the keys `FOREIGN`, and its hash is not checked. What it lacks is taken from the rest, and said in meta["inferred"]:
+    timeouts from dones or episode_terminals, else none; the last row ends an episode; next_observations from the next row (a
+    timeout has none); bounds of actions from `action_space`, else from the actions.
 
     action_space: what the actions must fit; the same as in `dataset_meta.json`, if there is one.
 
-    Raises DatasetError naming file, key, row (counted from 0) and what was expected: no HDF5 file, truncated, corrupted, another
-    hash or schema version; a key missing, or of another length, shape or kind; NaN or infinity; flags that are not 0 or 1 or
-    disagree; episode ids that do not go up by one with each episode; a next observation or mask that is not the next row's;
-    actions out of bounds or masked out.
+    Raises DatasetError naming file, key, row (counted from 0) and what was expected: no HDF5 file, truncated, corrupted,
+    another hash or schema version; a key missing, or of another length, shape or kind; NaN or infinity; flags that are not 0 or
+    1 or disagree; episode ids that do not go up by one with each episode; a next observation or mask that is not the next
+    row's; actions out of bounds or masked out.
     """
     path = Path(path)
     if not path.is_file() or not h5py.is_hdf5(path):
@@ -271,7 +274,7 @@ def _contents(path: Path, sha256: str, meta: dict | None, action_space: gym.Spac
     try:
         with h5py.File(path, "r") as file:
             return _validate(path, file, sha256, meta, action_space)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, KeyError) as error:  # what h5py raises for damage
         raise DatasetError(f"{path}: truncated or corrupted; expected a whole HDF5 file ({error})") from error
 
 
@@ -290,7 +293,7 @@ def _validate(path, file: h5py.File, sha256: str, meta: dict | None, action_spac
         space = _space(meta["action_space"])
         if action_space is not None and _describe(action_space) != meta["action_space"]:
             raise DatasetError(f"{path}: actions: made for {space}: expected {action_space}")
-    keys = {key: row for key, row in _layout(path, size, space).items() if key in file}
+    keys = {key: row for key, row in _layout(path, size, space).items() if isinstance(file.get(key), h5py.Dataset)}
     for key, (dtype, shape) in keys.items():
         _check_array(path, key, file[key], (steps, *shape), dtype)
 
@@ -334,7 +337,7 @@ class Dataset:
         self.meta, self.action_space, self.starts, self.terminated, self.keys = validate(path, action_space)
 
     def split_episodes(self, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices (int64, ascending) of the episodes to train on, and of a random `fraction` of all, at least one, to validate on.
+        """Indices (int64, ascending) of episodes to train on, and of a random `fraction` of all, at least one, to validate on.
 
         Episodes of one split of a panel overlap in time: to choose a model on other dates, collect a dataset of another split.
         Raises DatasetError for a fraction that is not in (0, 1) or leaves no episode to train on.
@@ -342,9 +345,7 @@ class Dataset:
         episodes = len(self.terminated)
         held_out = max(1, round(fraction * episodes)) if 0.0 < fraction < 1.0 else episodes
         if held_out >= episodes:
-            raise DatasetError(
-                f"{self.path}: fraction={fraction} of {episodes} episodes: expected 0 to 1, some left to train on"
-            )
+            raise DatasetError(f"{self.path}: fraction={fraction} of {episodes} episodes: expected in (0, 1), some to train on")
         order = np.random.default_rng(seed).permutation(episodes)
         return np.sort(order[held_out:]), np.sort(order[:held_out])
 
@@ -407,10 +408,11 @@ class Dataset:
             dtype, _ = self._row(key)
             if key in file:
                 rows[key] = file[key][first:stop].astype(dtype, copy=False)
-            else:  # the next row's observation; after an episode's end any will do: it is ignored, or the row is left out
-                rows[key] = file["observations"][first + 1 : stop + 1].astype(dtype, copy=False)
-                if stop == self.starts[-1]:
-                    rows[key] = np.concatenate([rows[key], np.zeros_like(file["observations"][-1:], dtype)])
+            else:  # the next row's observation; the last one of an episode stands for its successor, which is never valued
+                known = file["observations"][first : stop + 1].astype(dtype, copy=False)
+                rows[key] = np.concatenate([known[1:], known[-1:]])[: stop - first]
+                ends = self.starts[np.searchsorted(self.starts, first, "right") : np.searchsorted(self.starts, stop, "right")]
+                rows[key][ends - 1 - first] = known[ends - 1 - first]
         return rows
 
     def _blocks(self, starts, stops, keys, rng):
@@ -472,7 +474,7 @@ def to_minari_episodes(dataset: Dataset) -> Iterator[dict]:
 
 
 def export_minari(dataset: Dataset, name: str):
-    """Write a copy, episode by episode, as the local Minari dataset `name` (as "markets/portfolio-v0"); returns Minari's dataset.
+    """Write a copy, episode by episode, as the local Minari dataset `name` ("markets/portfolio-v0"); returns Minari's dataset.
 
     Raises DatasetError if Minari is not installed; what Minari itself raises, such as for a name that is taken, passes.
     """
@@ -555,9 +557,7 @@ def _check_rows(path, rows: Mapping[str, np.ndarray], space: gym.Space, unit: st
             refuse(key, (values != 0.0) & (values != 1.0), "0 or 1")
     refuse("timeouts", rows["timeouts"] * rows["terminals"] == 1.0, "0 where terminals is 1")
     refuse("dones", rows["dones"] != rows["terminals"] + rows["timeouts"], "terminals OR timeouts")
-    refuse(
-        "episode_terminals", rows["episode_terminals"] != rows["dones"], "1 on an episode's last row and 0 elsewhere, as dones"
-    )
+    refuse("episode_terminals", rows["episode_terminals"] != rows["dones"], "1 on an episode's last row, else 0, as dones")
     actions = rows["actions"]
     if isinstance(space, gym.spaces.Box):
         refuse("actions", (actions < space.low) | (actions > space.high), f"an element of {space}")
@@ -578,19 +578,15 @@ def _check_order(path, rows: dict, before: dict | None, first: int, episode: int
     if "infos/episode_id" in rows:
         expected = episode + np.cumsum(rows["dones"]).astype(np.int64) - rows["dones"].astype(np.int64)
         for row in np.flatnonzero(rows["infos/episode_id"] != expected)[:1]:
-            found = rows["infos/episode_id"][row]
-            raise DatasetError(
-                f"{path}: infos/episode_id, row {first + row}: {found}: expected {expected[row]}, one more after each end"
-            )
+            found = f"{path}: infos/episode_id, row {first + row}: {rows['infos/episode_id'][row]}"
+            raise DatasetError(f"{found}: expected {expected[row]}: one more after each end of an episode")
     if before is not None:
         rows, first = {key: np.concatenate([before[key], values]) for key, values in rows.items()}, first - 1
     for successor, key in SUCCESSORS:
         if key in rows and successor in rows:
             differs = (rows[successor][:-1] != rows[key][1:]).any(axis=1) & (rows["dones"][:-1] == 0.0)
             for row in np.flatnonzero(differs)[:1]:
-                raise DatasetError(
-                    f"{path}: {successor}, row {first + row}: expected {key} of the next row: the episode goes on"
-                )
+                raise DatasetError(f"{path}: {successor}, row {first + row}: expected {key} of the next row in mid-episode")
 
 
 def _fill_in_flags(rows: dict, last: bool):
@@ -622,16 +618,17 @@ def _assumptions(keys, action_space: gym.Space | None) -> list[str]:
 def _infer_space(path, file: h5py.File) -> gym.Space:
     """The smallest space that holds the file's actions; as many Discrete actions as a mask has columns, if there is one."""
     actions = file["actions"]
-    if actions.ndim not in (1, 2) or actions.dtype.kind not in ("iu" if actions.ndim == 1 else "f"):
-        raise DatasetError(f"{path}: actions: {actions.dtype} {actions.shape}: expected int64 (N,) or float32 (N, A)")
-    low, high = np.full(actions.shape[1:], np.inf), np.full(actions.shape[1:], -np.inf)
-    for first in range(0, len(actions), CHUNK):
-        block = actions[first : first + CHUNK]  # fmin, fmax: NaN is found later, by its row
-        low, high = np.fmin(low, np.fmin.reduce(block)), np.fmax(high, np.fmax.reduce(block))
-    if actions.ndim == 2:
-        return gym.spaces.Box(low.astype(np.float32), high.astype(np.float32))
-    masks = [file[key] for pair in SUCCESSORS[1:] for key in pair if key in file]
-    return gym.spaces.Discrete(masks[0].shape[-1] if masks else max(1, int(high) + 1))
+    blocks = (actions[first : first + CHUNK] for first in range(0, len(actions), CHUNK))
+    if actions.ndim == 1 and actions.dtype.kind in "iu":
+        masks = [file[key].shape[-1] for key in ("infos/action_mask", "infos/next_action_mask") if key in file]
+        return gym.spaces.Discrete(masks[0] if masks else max(1, 1 + max(int(block.max()) for block in blocks)))
+    if actions.ndim == 2 and actions.dtype.kind == "f":
+        low, high = np.float32(np.inf), np.float32(-np.inf)
+        for block in blocks:  # numbers that are not finite are refused later, by their row
+            block = np.nan_to_num(block.astype(np.float32), posinf=0.0, neginf=0.0)
+            low, high = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+        return gym.spaces.Box(low, high)
+    raise DatasetError(f"{path}: actions: {actions.dtype} {actions.shape}: expected integers (N,) or floats (N, A)")
 
 
 def _describe(space: gym.Space) -> dict:
