@@ -474,16 +474,17 @@ os.kill(os.getpid(), signal.SIGKILL)
         pass
     assert not list(tmp_path.iterdir())
     move = dataset.os.replace
+    for stuck in (path, path.with_name("dataset_meta.json")):
 
-    def fail(source, target):
-        if str(target) == str(path):
-            raise OSError("disk full")
-        move(source, target)
+        def fail(source, target, stuck=stuck):
+            if str(target) == str(stuck):
+                raise OSError("disk full")
+            move(source, target)
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
-        patched.setattr(dataset.os, "replace", fail)
-        collect(path)
-    assert not path.exists()
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
+            patched.setattr(dataset.os, "replace", fail)
+            collect(path)
+        assert not path.exists()
     collect(path)
     assert Dataset(path).meta["steps"] == 180 and not path.with_name("d.hdf5.part").exists()
 
@@ -673,7 +674,7 @@ def test_batches_are_uniform_whether_held_or_streamed(large):
             assert 0.9 < seen.var() / passes < 1.1
         else:  # passes, but for what the buffer holds
             assert seen.min() >= passes - 2 and seen.max() <= passes + 1
-            assert np.median(position) > 0.7 * np.std(np.flatnonzero(chosen))  # rows from all over the file in one batch
+            assert min(position[0], np.median(position)) > 0.7 * np.std(np.flatnonzero(chosen))  # from all over the file
 
 
 def test_batches_follow_the_seed(large):
