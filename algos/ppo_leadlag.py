@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import sys
 import time
@@ -22,11 +23,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs  # noqa: F401  (registers LeadLag-v0)
-from envs import ledger, references
+from envs import dataset_writer, ledger, references
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.synthetic import load_market
+from envs.task import describe_task, provenance
 
 MARKET_ENV = "LeadLag-v0"
+SHAPING = ("strength", "stability", "extremity", "jump")  # rewards that fade, besides P&L net of cost
 
 
 @dataclass
@@ -53,6 +56,12 @@ class Args:
     """run directory to go on with, under the arguments saved there"""
     checkpoint_every: int = 20
     """iterations between two checkpoints (model.pt)"""
+    log_dataset: str | None = None
+    """folder to log training episodes to as offline data, a dataset for each entry of --log-at"""
+    log_at: tuple[float, ...] = (1.0,)
+    """shares of the training after which the policy of that moment is logged, as it explores"""
+    log_episodes: int = 100
+    """episodes of each dataset"""
 
     env_id: str = MARKET_ENV
     """LeadLag-v0, or any Gymnasium id with vector observations and discrete actions, to check the algorithm itself"""
@@ -230,7 +239,7 @@ def make_envs(args, data, splits, iterations):
             args.env_id, args.num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
         )
     steps = iterations * args.num_steps
-    weights = {name: getattr(args, f"reward_{name}") for name in ("strength", "stability", "extremity", "jump")}
+    weights = {name: getattr(args, f"reward_{name}") for name in SHAPING}
     return gym.make_vec(
         MARKET_ENV, args.num_envs, data=data, split=splits["train"], actions=args.actions, max_jump=args.max_jump,
         episode_length=args.episode_length, curriculum=args.curriculum,
@@ -259,9 +268,11 @@ if __name__ == "__main__":
         checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
         saved = checkpoint["args"]
         args = Args(**{**saved, "leadlag": LeadLagConfig(**saved["leadlag"]), "resume": args.resume})
-    for flag in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every"):
+    for flag in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every", "log_episodes"):
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if not all(0.0 < share <= 1.0 for share in args.log_at):
+        sys.exit(f"--log-at {args.log_at}: expected shares of the training, above 0 and at most 1")
     is_market = args.env_id == MARKET_ENV
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
     batch_size = args.num_envs * args.num_steps
@@ -365,6 +376,34 @@ if __name__ == "__main__":
     def backtest(split):
         return references.run(data, splits[split], agent_policy, actions=args.actions, max_jump=args.max_jump)
 
+    def log_dataset(iteration):
+        """Episodes of the policy as it explores now. Their random numbers are their own: training does not notice."""
+        path = Path(args.log_dataset) / f"{args.exp_name}__{args.seed}__{global_step}" / "dataset.hdf5"
+        if args.resume and path.exists():
+            return  # logged before the run was interrupted
+        noise = torch.Generator().manual_seed(args.seed + iteration)
+
+        def act(observation, mask, _):
+            allowed = torch.as_tensor(np.ones((len(observation), num_actions), bool) if mask is None else mask)
+            with torch.no_grad():
+                log_probs = agent.log_probs(agent.norm(torch.as_tensor(observation).to(device)), allowed.to(device))
+                action = torch.multinomial(log_probs.exp().cpu(), 1, generator=noise)
+            return action.squeeze(1).numpy(), log_probs.cpu().gather(1, action).squeeze(1).numpy()
+
+        task, costs, panel_sha256, timestamps = {"env_id": args.env_id, "seed": args.seed}, None, None, None
+        if is_market:
+            options = dict(actions=args.actions, max_jump=args.max_jump, episode_length=args.episode_length)
+            task = describe_task(args.env_id, args, args.leadlag, **options)
+            costs, panel_sha256, timestamps = dataclasses.asdict(data.costs), panel.sha256, panel.timestamps
+        weights = b"".join(value.cpu().numpy().tobytes() for value in agent.state_dict().values())
+        behaviour = {"policy": args.exp_name, "step": global_step, "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
+        meta = provenance(task, panel_sha256, costs, run["git_commit"], args.gamma, [behaviour])
+        plain = {f"reward_{name}": 0.0 for name in SHAPING} | {"curriculum": None, "num_envs": min(64, args.log_episodes)}
+        plain = dataclasses.replace(args, **plain)
+        episodes = make_envs(plain, data, splits, num_iterations)
+        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, args.seed + iteration, timestamps)
+
+    log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None
     progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
     for iteration in range(first_iteration, num_iterations + 1):
@@ -501,6 +540,8 @@ if __name__ == "__main__":
             if score > best_score:
                 best_score, evals_since_best = score, 0
                 best_model = {k: v.clone() for k, v in agent.state_dict().items()}
+        if iteration in log_after:
+            log_dataset(iteration)
         stop_early = args.patience > 0 and evals_since_best >= args.patience
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
             save_checkpoint(run_dir / "model.pt", {

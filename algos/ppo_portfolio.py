@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import sys
 import time
@@ -22,11 +23,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs  # noqa: F401  (registers Portfolio-v0)
-from envs import ledger, portfolio_references
+from envs import dataset_writer, ledger, portfolio_references
 from envs.costs import RUIN
 from envs.portfolio import RegimeGuard
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import load_market
+from envs.task import describe_task, provenance
 
 MARKET_ENV = "Portfolio-v0"
 
@@ -55,6 +57,12 @@ class Args:
     """run directory to go on with, under the arguments saved there"""
     checkpoint_every: int = 20
     """iterations between two checkpoints (model.pt)"""
+    log_dataset: str | None = None
+    """folder to log training episodes to as offline data, a dataset for each entry of --log-at"""
+    log_at: tuple[float, ...] = (1.0,)
+    """shares of the training after which the policy of that moment is logged, as it explores"""
+    log_episodes: int = 100
+    """episodes of each dataset"""
 
     env_id: str = MARKET_ENV
     """Portfolio-v0, or any Gymnasium id with vector observations and continuous actions, to check the algorithm itself"""
@@ -279,9 +287,11 @@ if __name__ == "__main__":
         saved = checkpoint["args"]
         nested = {"portfolio": PortfolioConfig(**saved["portfolio"]), "guard": RegimeGuard(**saved["guard"])}
         args = Args(**{**saved, **nested, "resume": args.resume})
-    for flag in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every"):
+    for flag in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every", "log_episodes"):
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if not all(0.0 < share <= 1.0 for share in args.log_at):
+        sys.exit(f"--log-at {args.log_at}: expected shares of the training, above 0 and at most 1")
     if args.reward not in ("growth", "sharpe"):
         sys.exit(f"--reward {args.reward}: expected growth or sharpe")
     is_market = args.env_id == MARKET_ENV
@@ -392,6 +402,32 @@ if __name__ == "__main__":
     def backtest(split, **changes):
         return portfolio_references.run(split=splits[split], policy=agent_policy, **{**env_options, **changes})
 
+    def log_dataset(iteration):
+        """Episodes of the policy as it explores now. Their random numbers are their own: training does not notice."""
+        path = Path(args.log_dataset) / f"{args.exp_name}__{args.seed}__{global_step}" / "dataset.hdf5"
+        if args.resume and path.exists():
+            return  # logged before the run was interrupted
+        noise = torch.Generator().manual_seed(args.seed + iteration)
+
+        def act(observation, *_):
+            with torch.no_grad():
+                mean = agent.actor(agent.norm(torch.as_tensor(observation).to(device)))
+                action = mean + agent.log_std.exp() * torch.randn(mean.shape, generator=noise).to(device)
+                logprob = agent.log_prob(mean, action)
+            return action.cpu().numpy().clip(lowest, highest), logprob.cpu().numpy()
+
+        task, costs, panel_sha256, timestamps = {"env_id": args.env_id, "seed": args.seed}, None, None, None
+        if is_market:
+            options = {name: value for name, value in env_options.items() if name not in ("data", "num_threads")}
+            task = describe_task(args.env_id, args, args.portfolio, episode_length=args.episode_length, **options)
+            costs, panel_sha256, timestamps = dataclasses.asdict(data.costs), panel.sha256, panel.timestamps
+        weights = b"".join(value.cpu().numpy().tobytes() for value in agent.state_dict().values())
+        behaviour = {"policy": args.exp_name, "step": global_step, "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
+        meta = provenance(task, panel_sha256, costs, run["git_commit"], args.gamma, [behaviour])
+        episodes = make_envs(dataclasses.replace(args, num_envs=min(64, args.log_episodes)), splits, env_options)
+        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, args.seed + iteration, timestamps)
+
+    log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None
     progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
     for iteration in range(first_iteration, num_iterations + 1):
@@ -525,6 +561,8 @@ if __name__ == "__main__":
             if score > best_score:
                 best_score, evals_since_best = score, 0
                 best_model = {k: v.clone() for k, v in agent.state_dict().items()}
+        if iteration in log_after:
+            log_dataset(iteration)
         stop_early = args.patience > 0 and evals_since_best >= args.patience
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
             save_checkpoint(run_dir / "model.pt", {

@@ -1,4 +1,4 @@
-"""Offline data: write what a vector environment did as one flat HDF5 file, validate such files, read them in bounded memory.
+"""Offline data: the schema of one flat HDF5 file, its validation, and reading in bounded memory.
 
 The layout is D4RL's (Fu et al. 2020): every key of `KEYS` has one row per transition, episodes lie one after the other, and
 `timeouts` mark episodes that ended without a terminal state. d3rlpy's `MDPDataset` and CORL's scripts read it as it is. Beside
@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +16,6 @@ from typing import NamedTuple
 import gymnasium as gym
 import h5py
 import numpy as np
-from scipy.signal import lfilter
-
-from envs.ledger import write_json
 
 SCHEMA_VERSION = 1
 META = "dataset_meta.json"
@@ -66,176 +62,6 @@ class DatasetError(ValueError):
     """A dataset, or what was to become one, is not as it should be; the message names file, key and row."""
 
 
-class DatasetWriter:
-    """Collects the steps of `num_envs` markets and leaves `path` with `dataset_meta.json` beside it when it is closed.
-
-    observation_size: D. action_space: of one market, a Discrete from 0 or a Box of shape (A,). meta: at least `PROVENANCE`.
-
-    A market's steps are kept until its episode ends, so that episodes are contiguous in the file: memory holds about four
-    times `num_envs` of the longest episode at most. All goes to `path` + ".part", which `close` moves into place: a crash
-    leaves no dataset. As a context manager it closes at the end, and drops the data if an exception passes.
-
-    Raises DatasetError if `path` does not end in .hdf5 or exists, its folder holds another dataset, the action space is of
-    another kind, or `meta` lacks an entry, or has one of `MEASURED`, or a gamma outside [0, 1].
-    """
-
-    def __init__(self, path: str | Path, observation_size: int, action_space: gym.Space, meta: dict, num_envs: int):
-        self.path = Path(path)
-        if self.path.suffix != ".hdf5":
-            raise DatasetError(f"{path}: expected a name that ends in .hdf5")
-        beside = self.path.with_name(META)
-        if self.path.exists() or (beside.exists() and any(self.path.parent.glob("*.hdf5"))):
-            raise DatasetError(f"{path}: there is a dataset in this folder already; expected another folder")
-        missing = [name for name in PROVENANCE if name not in meta]
-        taken = [name for name in ("schema_version", *MEASURED) if name in meta]
-        if missing or taken:
-            raise DatasetError(f"{path}: meta: missing {missing}, not to be given: {taken}; expected {list(PROVENANCE)}")
-        if not 0.0 <= meta["gamma"] <= 1.0:
-            raise DatasetError(f"{path}: meta: gamma={meta['gamma']}: expected 0 to 1")
-        if num_envs < 1 or observation_size < 1:
-            raise DatasetError(f"{path}: num_envs={num_envs}, observation_size={observation_size}: expected at least 1")
-        self.meta, self.num_envs, self.space = dict(meta), num_envs, action_space
-        self.episodes = self.steps = 0  # that are finished, and rows that are in the file
-        self._layout = _layout(path, observation_size, action_space)
-        self._buffer = None  # (slots, num_envs) rows of all keys: the first step says which infos there are
-        self._length = 0  # slots in use
-        self._start = np.zeros(num_envs, np.int64)  # slot of the first step of each market's episode
-        self._pending, self._pending_rows = [], 0  # finished episodes that are not in the file yet
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._part = self.path.with_name(self.path.name + ".part")
-        self._file = h5py.File(self._part, "w")
-
-    def add(self, obs, actions, rewards, terminated, truncated, next_obs, **infos):
-        """One step of every market (n = num_envs).
-
-        obs, next_obs (n, D): `next_obs` is the true successor: where an episode ended `infos["final_obs"]`, not what SAME_STEP
-        autoreset returned. actions (n, A) or (n,), rewards (n,), terminated, truncated (n,) bool; both count as terminated.
-        infos: any of `OPTIONAL`, the same ones at every step: masks (n, A) bool, the others (n,).
-
-        Raises DatasetError, and takes nothing, for other shapes, kinds or names, numbers that are not finite, actions that are
-        masked out or out of bounds, and an `obs` in mid-episode that is not the last step's `next_obs`.
-        """
-        if self._file is None:
-            raise DatasetError(f"{self.path}: the dataset is closed; expected no more steps")
-        terminated, truncated = np.asarray(terminated), np.asarray(truncated)
-        for name, values in (("terminated", terminated), ("truncated", truncated)):
-            _check_array(self.path, name, values, (self.num_envs,), np.bool_)
-        done = terminated | truncated
-        columns = {
-            "observations": obs, "next_observations": next_obs, "actions": actions, "rewards": rewards, "terminals": terminated,
-            "timeouts": truncated & ~terminated, "dones": done, "episode_terminals": done,
-        } | {f"infos/{name}": values for name, values in infos.items()}  # fmt: skip
-        if not (self._length or self.episodes):
-            self._buffer = self._allocate(infos)
-        expected = [key.removeprefix("infos/") for key in self._buffer.dtype.names if key not in REQUIRED]
-        if set(infos) != set(expected):
-            raise DatasetError(f"{self.path}: infos {sorted(infos)}: expected {sorted(expected)}, as at the first step")
-        self._make_room()
-        slab = self._buffer[self._length]
-        for key, values in columns.items():
-            values = np.asarray(values)
-            dtype, shape = self._layout[key]
-            _check_array(self.path, key, values, (self.num_envs, *shape), dtype)
-            with np.errstate(over="ignore"):  # too large for float32: found below as infinity
-                slab[key] = values
-        _check_rows(self.path, {key: slab[key] for key in columns}, self.space, "market")
-        known = self._buffer[self._length - 1]["next_observations"]  # unused where an episode begins
-        jumps = np.flatnonzero((self._start < self._length) & (slab["observations"] != known).any(axis=1))
-        if len(jumps):
-            raise DatasetError(
-                f"{self.path}: observations, market {jumps[0]}: expected the last step's next_obs in mid-episode"
-            )
-        self._length += 1
-        for market in np.flatnonzero(done):
-            self._finish(market)
-
-    def close(self):
-        """Count unfinished episodes as timeouts, write what is left, and put the file and its meta in place.
-
-        Raises DatasetError if there was no step. Closing again does nothing.
-        """
-        if self._file is None:
-            return
-        for market in np.flatnonzero(self._start < self._length):
-            last = self._buffer[self._length - 1]
-            for key in FLAGS[1:]:
-                last[key][market] = 1.0
-            self._finish(market)
-        if not self.episodes:
-            self.drop()
-            raise DatasetError(f"{self.path}: no steps; expected at least one")
-        self._write(last=True)
-        self._file.close()
-        self._file = None
-        content = _contents(self._part, _sha256(self._part), None, self.space).meta
-        del content["inferred"]
-        # The meta first: a crash in between leaves no dataset, rather than one whose hash nobody checks.
-        write_json(self.path.with_name(META), content | self.meta)
-        os.replace(self._part, self.path)
-
-    def drop(self):
-        """Throw away what was collected."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._part.unlink()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if kind is None:
-            self.close()
-        else:
-            self.drop()
-
-    def _allocate(self, infos):
-        unknown = [name for name in infos if name not in OPTIONAL or f"infos/{name}" not in self._layout]
-        if unknown:
-            raise DatasetError(f"{self.path}: infos {unknown}: expected some of {OPTIONAL}, masks for Discrete actions only")
-        keys = [key for key in KEYS if key in REQUIRED or key.removeprefix("infos/") in infos]
-        return np.zeros((64, self.num_envs), [(key, *self._layout[key]) for key in keys])
-
-    def _make_room(self):
-        if self._length < len(self._buffer):
-            return
-        first = self._start.min()
-        used = self._buffer[first:]
-        if 2 * len(used) > len(self._buffer):
-            self._buffer = np.zeros((2 * len(self._buffer), self.num_envs), self._buffer.dtype)
-        self._buffer[: len(used)] = used
-        self._start -= first
-        self._length = len(used)
-
-    def _finish(self, market):
-        episode = self._buffer[self._start[market] : self._length, market].copy()
-        episode["infos/episode_id"] = self.episodes
-        rewards = episode["rewards"].astype(np.float64)
-        episode["infos/mc_return"] = lfilter([1.0], [1.0, -self.meta["gamma"]], rewards[::-1])[::-1]
-        self._start[market] = self._length
-        self.episodes += 1
-        self._pending.append(episode)
-        self._pending_rows += len(episode)
-        if self._pending_rows >= CHUNK:
-            self._write()
-
-    def _write(self, last=False):
-        """Append the finished episodes, all of them if this is the last time, else whole chunks only: none is packed twice."""
-        rows = np.concatenate(self._pending)
-        count = len(rows) if last else len(rows) // CHUNK * CHUNK
-        for key in rows.dtype.names:
-            if key not in self._file:
-                dtype, shape = self._layout[key]
-                self._file.create_dataset(  # lzf: twice as fast as gzip; fletcher32 finds damage where no hash is known
-                    key, (0, *shape), dtype, maxshape=(None, *shape), chunks=(CHUNK, *shape),
-                    compression="lzf", shuffle=True, fletcher32=True,
-                )  # fmt: skip
-            self._file[key].resize(self.steps + count, axis=0)
-            self._file[key][self.steps :] = rows[key][:count]
-        self.steps += count
-        self._pending, self._pending_rows = [rows[count:].copy()], len(rows) - count
-
-
 class Contents(NamedTuple):
     """What `validate` found."""
 
@@ -264,13 +90,13 @@ def validate(path: str | Path, action_space: gym.Space | None = None) -> Content
     path = Path(path)
     if not path.is_file() or not h5py.is_hdf5(path):
         raise DatasetError(f"{path}: expected an HDF5 file")
-    meta, sha256 = _read_meta(path), _sha256(path)
+    meta, sha256 = _read_meta(path), sha256_of(path)
     if meta is not None and meta["sha256"] != sha256:
         raise DatasetError(f"{path}: sha256 {sha256}: expected {meta['sha256']}, as in {META}: the file has changed since")
-    return _contents(path, sha256, meta, action_space)
+    return contents(path, sha256, meta, action_space)
 
 
-def _contents(path: Path, sha256: str, meta: dict | None, action_space: gym.Space | None) -> Contents:
+def contents(path: Path, sha256: str, meta: dict | None, action_space: gym.Space | None) -> Contents:
     try:
         with h5py.File(path, "r") as file:
             return _validate(path, file, sha256, meta, action_space)
@@ -293,9 +119,9 @@ def _validate(path, file: h5py.File, sha256: str, meta: dict | None, action_spac
         space = _space(meta["action_space"])
         if action_space is not None and _describe(action_space) != meta["action_space"]:
             raise DatasetError(f"{path}: actions: made for {space}: expected {action_space}")
-    keys = {key: row for key, row in _layout(path, size, space).items() if isinstance(file.get(key), h5py.Dataset)}
+    keys = {key: row for key, row in layout(path, size, space).items() if isinstance(file.get(key), h5py.Dataset)}
     for key, (dtype, shape) in keys.items():
-        _check_array(path, key, file[key], (steps, *shape), dtype)
+        check_array(path, key, file[key], (steps, *shape), dtype)
 
     moments, before = _Moments(size), None
     starts, terminated = [0], []
@@ -303,7 +129,7 @@ def _validate(path, file: h5py.File, sha256: str, meta: dict | None, action_spac
         rows = {key: file[key][first : first + CHUNK].astype(dtype) for key, (dtype, _) in keys.items()}
         if meta is None:
             _fill_in_flags(rows, last=first + CHUNK >= steps)
-        _check_rows(path, rows, space, "row", first)
+        check_rows(path, rows, space, "row", first)
         _check_order(path, rows, before, first, len(terminated))
         before = {key: values[-1:] for key, values in rows.items()}
         ends = np.flatnonzero(rows["dones"])
@@ -355,7 +181,7 @@ class Dataset:
         In the order of the file; with `rng` blocks come in random order. Raises DatasetError for a key that is not in the file,
         and for episodes that do not exist, come twice or have no transition.
         """
-        return self._blocks(*self._ranges(indices, keys), keys, rng)
+        return self._blocks(*self.ranges(indices, keys), keys, rng)
 
     def batches(
         self, indices, batch_size: int, seed: int, memory_mb: float = 1024.0, keys: tuple[str, ...] = TRANSITION
@@ -368,7 +194,7 @@ class Dataset:
 
         Raises DatasetError as `blocks` does, for a batch_size below 1, and for too small a memory_mb.
         """
-        starts, stops = self._ranges(indices, keys)
+        starts, stops = self.ranges(indices, keys)
         if batch_size < 1:
             raise DatasetError(f"{self.path}: batch_size={batch_size}: expected at least 1")
         row_bytes = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in map(self._row, keys))
@@ -386,7 +212,7 @@ class Dataset:
     def _row(self, key):
         return self.keys["observations" if key == "next_observations" else key]
 
-    def _ranges(self, indices, keys):
+    def ranges(self, indices, keys):
         """First row and end of each episode's transitions, ascending."""
         known = {*self.keys, "next_observations"}
         if not keys or not known.issuperset(keys):
@@ -401,7 +227,7 @@ class Dataset:
             raise DatasetError(f"{self.path}: episodes {indices}: no transition has a known successor; expected at least one")
         return starts, stops
 
-    def _read(self, file, keys, first, stop):
+    def read(self, file, keys, first, stop):
         """Rows first to stop of the file, whole."""
         rows = {}
         for key in keys:
@@ -424,7 +250,7 @@ class Dataset:
                 parts = [np.arange(max(a, first), min(b, stop)) - first for a, b in zip(starts[some], stops[some])]
                 wanted = np.concatenate(parts or [[]]).astype(np.int64)
                 if len(wanted):
-                    rows = self._read(file, keys, first, stop)
+                    rows = self.read(file, keys, first, stop)
                     yield {key: values[wanted] for key, values in rows.items()}
 
     def _allocate(self, rows, keys):
@@ -450,47 +276,6 @@ class Dataset:
             holes, movers = pick[pick < filled], np.setdiff1d(np.arange(filled, filled + batch_size), pick)
             for values in buffer.values():
                 values[holes] = values[movers]
-
-
-def to_minari_episodes(dataset: Dataset) -> Iterator[dict]:
-    """Every episode as the fields of Minari's EpisodeData, one in memory at a time: id 0, 1, ..., observations (T + 1, D)
-    float32, actions (T, A) or (T,), rewards (T,) float32, terminations and truncations (T,) bool, and no infos.
-    """
-    starts, stops = dataset._ranges(np.arange(len(dataset.terminated)), TRANSITION)
-    known = np.flatnonzero(stops > starts)
-    with h5py.File(dataset.path, "r") as file:
-        for number, episode in enumerate(known):
-            rows = dataset._read(file, TRANSITION, starts[episode], stops[episode])
-            ends = np.arange(starts[episode] + 1, stops[episode] + 1) == stops[episode]
-            yield {
-                "id": number,
-                "observations": np.concatenate([rows["observations"], rows["next_observations"][-1:]]),
-                "actions": rows["actions"],
-                "rewards": rows["rewards"],
-                "terminations": ends & dataset.terminated[episode],
-                "truncations": ends & ~dataset.terminated[episode],
-                "infos": {},
-            }
-
-
-def export_minari(dataset: Dataset, name: str):
-    """Write a copy, episode by episode, as the local Minari dataset `name` ("markets/portfolio-v0"); returns Minari's dataset.
-
-    Raises DatasetError if Minari is not installed; what Minari itself raises, such as for a name that is taken, passes.
-    """
-    try:
-        import minari
-        from minari.data_collector import EpisodeBuffer
-    except ImportError as error:
-        raise DatasetError(f"{dataset.path}: cannot export: expected Minari: pip install minari ({error})") from error
-    return minari.create_dataset_from_buffers(
-        name,
-        (EpisodeBuffer(**episode) for episode in to_minari_episodes(dataset)),
-        observation_space=gym.spaces.Box(-np.inf, np.inf, dataset.keys["observations"][1], np.float32),
-        action_space=dataset.action_space,
-        description=f"{dataset.path.name}, sha256 {dataset.meta['sha256']}",
-        data_format="hdf5",
-    )
 
 
 class _Moments:
@@ -521,7 +306,7 @@ def _append(buffer: dict, filled: int, block: dict) -> int:
     return stop
 
 
-def _layout(path, size: int, space: gym.Space) -> dict[str, tuple[type, tuple[int, ...]]]:
+def layout(path, size: int, space: gym.Space) -> dict[str, tuple[type, tuple[int, ...]]]:
     """Dtype and shape of one row of every key that a dataset with these observations and actions can have."""
     if isinstance(space, gym.spaces.Discrete) and space.start == 0:
         action, mask = (np.int64, ()), (int(space.n),)
@@ -534,7 +319,7 @@ def _layout(path, size: int, space: gym.Space) -> dict[str, tuple[type, tuple[in
     return {key: row for key, row in rows.items() if row[1] is not None}
 
 
-def _check_array(path, key: str, array, shape: tuple[int, ...], dtype):
+def check_array(path, key: str, array, shape: tuple[int, ...], dtype):
     """`array`: NumPy's or h5py's."""
     if array.shape[:1] != shape[:1]:
         raise DatasetError(f"{path}: {key}: {array.shape[:1]} rows: expected {shape[0]}")
@@ -542,7 +327,7 @@ def _check_array(path, key: str, array, shape: tuple[int, ...], dtype):
         raise DatasetError(f"{path}: {key}: {array.dtype} {array.shape}: expected {np.dtype(dtype)} {shape}")
 
 
-def _check_rows(path, rows: Mapping[str, np.ndarray], space: gym.Space, unit: str, first: int = 0):
+def check_rows(path, rows: Mapping[str, np.ndarray], space: gym.Space, unit: str, first: int = 0):
     """Raise DatasetError at the first value that no dataset may hold; the error says `unit` first, first + 1, ..."""
 
     def refuse(key, bad, expected):
@@ -664,6 +449,6 @@ def _read_meta(path: Path) -> dict | None:
     return meta
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """Offline datasets: what markets did comes back bit for bit, every defect is named, memory is bounded, other tools read it."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,8 +19,9 @@ from conftest import CONFIG, ROOT, make_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs import dataset
-from envs.dataset import CHUNK, FLAGS, KEYS, PROVENANCE, REQUIRED, TRANSITION, Dataset, DatasetError, DatasetWriter, validate
+from envs import dataset, dataset_export
+from envs.dataset import CHUNK, FLAGS, KEYS, PROVENANCE, REQUIRED, TRANSITION, Dataset, DatasetError, validate
+from envs.dataset_writer import DatasetWriter
 from envs.leadlag_tables import LeadLagData
 
 GAMMA = 0.9
@@ -88,7 +90,7 @@ def write(path, arrays, sign=True):
             file[key] = values
     beside = path.with_name("dataset_meta.json")
     if sign:
-        edit(path, sha256=dataset._sha256(path))
+        edit(path, sha256=dataset.sha256_of(path))
     else:
         beside.unlink(missing_ok=True)
 
@@ -457,7 +459,8 @@ def test_an_interrupted_writer_leaves_no_dataset(tmp_path, monkeypatch):
     path = tmp_path / "d.hdf5"
     script = f"""
 import os, signal, gymnasium as gym, numpy as np
-from envs.dataset import DatasetWriter, PROVENANCE
+from envs.dataset import PROVENANCE
+from envs.dataset_writer import DatasetWriter
 writer = DatasetWriter({str(path)!r}, 3, gym.spaces.Discrete(4), dict.fromkeys(PROVENANCE) | {{"gamma": 0.9}}, 2)
 no, ends = np.zeros((2, 3)), np.ones(2, bool)
 for _ in range(2000):
@@ -473,7 +476,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(DatasetError, match="no steps; expected at least one"), DatasetWriter(path, SIZE, ORDERS, META, 2):
         pass
     assert not list(tmp_path.iterdir())
-    move = dataset.os.replace
+    move = os.replace
     for stuck in (path, path.with_name("dataset_meta.json")):
 
         def fail(source, target, stuck=stuck):
@@ -482,7 +485,7 @@ os.kill(os.getpid(), signal.SIGKILL)
             move(source, target)
 
         with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
-            patched.setattr(dataset.os, "replace", fail)
+            patched.setattr(os, "replace", fail)
             collect(path)
         assert not path.exists()
     collect(path)
@@ -578,7 +581,7 @@ def test_d3rlpy_and_minari_read_the_same(copy):
         number += 1
     assert number == len(expected)
     row = 0
-    for number, episode in enumerate(dataset.to_minari_episodes(data)):
+    for number, episode in enumerate(dataset_export.to_minari_episodes(data)):
         length = len(episode["rewards"])
         assert episode["id"] == number and len(episode["observations"]) == length + 1 and episode["infos"] == {}
         for key, values in (
@@ -601,7 +604,7 @@ def test_episodes_without_a_transition_are_not_exported(tmp_path):
     }
     arrays["timeouts"] = np.array([0, 1, 1, 0])
     write(path, arrays, sign=False)
-    (episode,) = dataset.to_minari_episodes(Dataset(path))
+    (episode,) = dataset_export.to_minari_episodes(Dataset(path))
     np.testing.assert_array_equal(episode["observations"], [[0], [1]])
     assert episode["truncations"].tolist() == [True] and episode["terminations"].tolist() == [False]
     with pytest.raises(DatasetError, match="no transition has a known successor"):
@@ -613,10 +616,10 @@ def test_minari_export(copy, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     for name in ("weights", "orders"):
         data = Dataset(copy(name))
-        dataset.export_minari(data, f"toy/{name}-v0")
+        dataset_export.export_minari(data, f"toy/{name}-v0")
         again = minari.load_dataset(f"toy/{name}-v0")
         assert again.total_steps == 180 and again.action_space == data.action_space
-        for ours, theirs in zip(dataset.to_minari_episodes(data), again.iterate_episodes(), strict=True):
+        for ours, theirs in zip(dataset_export.to_minari_episodes(data), again.iterate_episodes(), strict=True):
             for key in ("observations", "actions", "rewards", "terminations", "truncations"):
                 np.testing.assert_array_equal(ours[key], getattr(theirs, key), err_msg=key)
 
@@ -624,7 +627,7 @@ def test_minari_export(copy, tmp_path, monkeypatch):
 def test_without_minari_the_error_says_what_to_install(copy, monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(DatasetError, match="expected Minari: pip install minari"):
-        dataset.export_minari(Dataset(copy()), "toy/weights-v0")
+        dataset_export.export_minari(Dataset(copy()), "toy/weights-v0")
 
 
 def test_split_by_episode(copy):
