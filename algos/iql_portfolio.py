@@ -304,8 +304,8 @@ if __name__ == "__main__":
         nn.utils.clip_grad_norm_(actor_parameters, args.max_grad_norm, foreach=True)
         nn.utils.clip_grad_norm_(critic_parameters, args.max_grad_norm, foreach=True)
         optimizer.step()
-        torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
         with torch.no_grad():
+            torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
             capped = (exponent >= np.log(100.0)).float().mean()
             return torch.stack([actor_loss, v_loss, q_loss, q_data.mean(), value.mean(), capped])
 
@@ -478,7 +478,7 @@ if __name__ == "__main__":
             if bad:
                 failure = f"diverged by step {step}: {', '.join(bad)} not finite"
             elif held_loss["q"] > bound:
-                failure = f"diverged by step {step}: mean |Q| {held_loss['q']:.4g}, but no return of these rewards exceeds {bound:.4g}"
+                failure = f"diverged by step {step}: mean |Q| {held_loss['q']:.4g}, no return exceeds {bound:.4g}"
             if failure:
                 break
             evals_since_best += 1

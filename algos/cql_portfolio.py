@@ -1,0 +1,613 @@
+"""Conservative Q-learning (Kumar et al. 2020, arXiv:2006.04779): a policy from logged data, then perhaps online."""
+
+import copy
+import dataclasses
+import os
+import sys
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+# Threads that wait spin only briefly: with libgomp's default one busy neighbour makes training ten times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic matrix products are refused on CUDA
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.vector import AutoresetMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs import ledger
+from envs.costs import EQUITY
+from envs.dataset import TRANSITION, Dataset
+from envs.task import Task
+
+LOGGED = ("actor_loss", "critic_loss", "conservative_loss", "q", "entropy", "temperature")  # of every gradient step
+
+MASKS, RETURN = ("infos/action_mask", "infos/next_action_mask"), "infos/mc_return"
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the run; the script's by default"""
+    seed: int = 1
+    """seed of the networks, the batches and the episodes that are held out; the market is that of the data"""
+    torch_deterministic: bool = True
+    """use deterministic algorithms, so that the same seed on the same machine gives the same bits"""
+    cuda: bool = True
+    """run the networks on a GPU where there is one"""
+    num_threads: int = 0
+    """CPU threads of torch and of the market kernels (0: all cores this process may use)"""
+    track: bool = False
+    """log to Weights and Biases too"""
+    wandb_project_name: str = "cleanmarkets"
+    """project of Weights and Biases"""
+    wandb_entity: str | None = None
+    """entity (team) of Weights and Biases"""
+    runs_dir: str = "runs"
+    """folder that the run directory is made in"""
+    resume: str | None = None
+    """run directory to go on with, under the arguments saved there"""
+    checkpoint_every: int = 5_000
+    """gradient steps between two checkpoints (model.pt)"""
+
+    dataset: str = "data/dataset.hdf5"
+    """HDF5 file with D4RL's keys (envs/dataset.py); benchmark/collect.py makes one. Its dataset_meta.json names the market"""
+    env_id: str | None = None
+    """Gymnasium id to evaluate on, where the data name none"""
+    validation_fraction: float = 0.1
+    """share of the episodes that is held out"""
+    memory_mb: float = 2048.0
+    """MiB for transitions; larger data are streamed from disk, in shuffled blocks"""
+    eval_episodes: int = 100
+    """on Gymnasium ids: episodes of an evaluation"""
+
+    gradient_steps: int = 10_000
+    """batches to learn from"""
+    batch_size: int = 256
+    """transitions in a batch"""
+    learning_rate: float = 1e-3
+    """learning rate of the critics' Adam"""
+    actor_learning_rate: float = 3e-4
+    """learning rate of the actor's (continuous actions)"""
+    gamma: float | None = None
+    """discount factor (the data's by default, else 0.99)"""
+    hidden: int = 64
+    """units in each of two hidden layers"""
+    reward_scale: float | None = None
+    """factor on rewards (one over their standard deviation by default), in whose units --alpha is"""
+    alpha: float = 0.1
+    """weight of the penalty on the values of actions that the data do not take"""
+    samples: int = 10
+    """actions drawn for the penalty from each of: all, the policy's here, and its at the next state (continuous actions)"""
+    calql: bool = False
+    """no penalty below the data's own return from there: Cal-QL (Nakamoto et al. 2023), for fine-tuning"""
+    tau: float = 0.005
+    """share of the critics that moves into the target critics at each step"""
+    max_grad_norm: float = 10.0
+    """largest norm of the gradient"""
+    eval_every: int = 1_000
+    """gradient steps between two validations"""
+    patience: int = 0
+    """stop after so many of them without a better score (0: never); the best model is kept in any case"""
+
+    finetune_steps: int = 0
+    """steps of all markets together to go on with online, on training episodes, after the offline phase"""
+    finetune_envs: int = 64
+    """markets that run at once then"""
+    finetune_updates: int = 4
+    """gradient steps for each step of these markets; half of each batch is offline data"""
+    explore_drawdown: float = 0.2
+    """exploration shrinks in proportion to the account's drawdown, and ends at this one"""
+
+
+def layer_init(weight, std=np.sqrt(2)):
+    """Orthogonal (in, out) weights, one matrix after the other if there are several."""
+    for matrix in weight.view(-1, *weight.shape[-2:]):
+        nn.init.orthogonal_(matrix, std)
+    return nn.Parameter(weight)
+
+
+class MLP(nn.Module):
+    """`copies` networks of two hidden layers side by side, on the same input: (n, D) -> (copies, n, out)."""
+
+    def __init__(self, size, hidden, out, copies=1, std=1.0):
+        super().__init__()
+        sizes = (size, hidden, hidden, out)
+        self.weights = nn.ParameterList(
+            layer_init(torch.empty(copies, a, b), std if b is sizes[-1] else np.sqrt(2)) for a, b in zip(sizes, sizes[1:])
+        )
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(copies, 1, b)) for b in sizes[1:])
+
+    def forward(self, x, actions=None):
+        """actions (n, A), or (m, n, A) for m at each x: read after x, whose share of the first layer is computed once."""
+        w1, w2, w3 = self.weights
+        b1, b2, b3 = self.biases
+        h = torch.baddbmm(b1, x.expand(len(w1), *x.shape), w1[:, : x.shape[1]])
+        if actions is not None:
+            part = actions.flatten(0, -2).expand(len(w1), -1, -1) @ w1[:, x.shape[1] :]
+            h = (h[:, None] + part.view(len(w1), -1, *h.shape[1:])).flatten(1, 2)
+        return torch.baddbmm(b3, torch.baddbmm(b2, h.relu_(), w2).relu_(), w3)
+
+
+class Agent(nn.Module):
+    """Twin critics over standardised observations; for continuous actions, scaled to [-1, 1], a tanh-Gaussian actor too."""
+
+    def __init__(self, obs_size, num_actions, discrete, hidden):
+        super().__init__()
+        self.discrete = discrete
+        self.register_buffer("obs_mean", torch.zeros(obs_size))
+        self.register_buffer("obs_scale", torch.ones(obs_size))
+        self.register_buffer("low", torch.full((num_actions,), -1.0))  # range of the actions that the actor can take
+        self.register_buffer("high", torch.full((num_actions,), 1.0))
+        self.critic = MLP(obs_size if discrete else obs_size + num_actions, hidden, num_actions if discrete else 1, copies=2)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.frozen = copy.deepcopy(self.critic).requires_grad_(False)  # the critic as the actor's loss sees it
+        if not discrete:
+            self.actor = MLP(obs_size, hidden, 2 * num_actions, std=0.01)
+            self.log_temperature = nn.Parameter(torch.tensor(-2.0))  # of the entropy in the actor's loss
+
+    def norm(self, obs):
+        return ((obs - self.obs_mean) * self.obs_scale).clamp_(-10.0, 10.0)
+
+    def scale(self, action):
+        """Continuous actions of the data in units of the range; those outside count as its ends."""
+        return ((2.0 * action - self.high - self.low) / (self.high - self.low)).clamp_(-1.0, 1.0)
+
+    def unscale(self, action):
+        return 0.5 * (self.high + self.low + action * (self.high - self.low))
+
+    def q(self, critic, x, action):
+        """(2, n) values of actions given normalised observations; (2, m, n) of m actions (m, n, A) at each."""
+        if self.discrete:
+            return critic(x).gather(2, action.expand(2, -1)[..., None]).squeeze(2)
+        return critic(x, action).view(2, *action.shape[:-1])
+
+    def policy(self, x, mask):
+        """Discrete: (n, A) log-probabilities, the softmax of the critics' mean; else mean and log-std before the tanh."""
+        if self.discrete:
+            out = self.critic(x).mean(dim=0)
+            return (out if mask is None else torch.where(mask, out, -1e8)).log_softmax(dim=1)
+        mean, log_std = self.actor(x).squeeze(0).chunk(2, dim=1)
+        return mean, log_std.clamp(-5.0, 2.0)
+
+    def best(self, x, mask):
+        out = self.policy(x, mask)
+        return out.argmax(dim=1) if self.discrete else out[0].tanh()
+
+    def draw(self, x, count):
+        """(count, n, A) continuous actions of the policy and their log-densities (count, n)."""
+        mean, log_std = self.policy(x, None)
+        noise = torch.randn(count, *mean.shape, device=x.device)
+        before = mean + log_std.exp() * noise
+        jacobian = 2.0 * (np.log(2.0) - before - nn.functional.softplus(-2.0 * before))  # log(1 - tanh^2)
+        return before.tanh(), -(0.5 * noise.square() + log_std + 0.5 * np.log(2 * np.pi) + jacobian).sum(2)
+
+    def log_prob(self, x, mask, action):
+        """(n,) log-probabilities of actions."""
+        out = self.policy(x, mask)
+        if self.discrete:
+            return out.gather(1, action[:, None]).squeeze(1)
+        action = action.clamp(-0.999, 0.999)  # an end of the range is infinitely far before the tanh
+        z = (torch.atanh(action) - out[0]) * (-out[1]).exp()
+        return -(0.5 * z.square() + out[1] + 0.5 * np.log(2 * np.pi) + (1.0 - action.square()).log()).sum(1)
+
+    @torch.no_grad()
+    def act(self, obs, mask, explore=None):
+        """Actions for the market: the best ones, or, with explore (n,) in 0..1, noisy in that proportion."""
+        x = self.norm(obs)
+        if self.discrete:
+            best = self.best(x, mask)
+            if explore is None:
+                return best
+            allowed = torch.ones(len(x), self.critic.biases[-1].shape[-1]) if mask is None else mask.float().cpu()
+            drawn = torch.multinomial(allowed, 1).squeeze(1).to(obs.device)
+            return torch.where(torch.rand(len(obs), device=obs.device) < 0.1 * explore, drawn, best)
+        mean, log_std = self.policy(x, mask)
+        if explore is not None:
+            mean = mean + explore[:, None] * log_std.exp() * torch.randn_like(mean)
+        return self.unscale(mean.tanh())
+
+
+def make_envs(env_id, task, num_envs, num_threads):
+    """Training episodes of the market, or of a Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
+    if task:
+        return task.make(num_envs, "train", num_threads=num_threads)
+    return gym.make_vec(env_id, num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
+
+
+def to_tensors(batch, agent, device):
+    """Normalised observations, actions, rewards, next observations, terminals, masks or None, and returns or None, of data."""
+    tensors = {key: torch.as_tensor(value).to(device) for key, value in batch.items()}
+    obs, actions, rewards, next_obs, terminals = (tensors[key] for key in TRANSITION)
+    actions = actions if agent.discrete else agent.scale(actions)
+    rest = (tensors.get(key) for key in (*MASKS, RETURN))
+    return agent.norm(obs), actions, rewards, agent.norm(next_obs), terminals, *rest
+
+
+def moments(data, episodes, key):
+    """Mean and standard deviation of one of the data's columns over some episodes, and its largest size, block by block."""
+    count, total, squares, largest = 0, 0.0, 0.0, 0.0
+    for block in data.blocks(episodes, (key,)):
+        x = block[key].astype(np.float64)
+        count, total, squares = count + len(x), total + x.sum(axis=0), squares + (x**2).sum(axis=0)
+        largest = np.maximum(largest, np.abs(x).max(axis=0))
+    return total / count, np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0)), largest
+
+
+def save_checkpoint(path, content):
+    """Written beside and moved into place: a kill at any moment leaves the previous checkpoint or this one."""
+    torch.save(content, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    checkpoint = None
+    if args.resume:
+        run_dir = Path(args.resume)
+        if not (run_dir / "model.pt").is_file():
+            sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
+        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        args = Args(**{**checkpoint["args"], "resume": args.resume})
+    for flag in (
+        "gradient_steps",
+        "batch_size",
+        "eval_every",
+        "checkpoint_every",
+        "eval_episodes",
+        "finetune_envs",
+        "hidden",
+        "samples",
+    ):
+        if getattr(args, flag) < 1:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if args.alpha < 0.0:
+        sys.exit(f"--alpha {args.alpha}: expected 0 or more")
+    args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
+
+    # Seed, threads, device
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.set_num_threads(args.num_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    # Data, and the market that they come from; what is wrong with them is said in one line
+    try:
+        data = Dataset(args.dataset)
+        task = Task.of(data)
+        env_id = task.env_id if task else args.env_id or data.meta.get("env_id")
+        train, held_out = data.split_episodes(args.validation_fraction, args.seed)
+        discrete = isinstance(data.action_space, gym.spaces.Discrete)
+        keys = TRANSITION + (MASKS if discrete and set(MASKS) <= set(data.keys) else ()) + ((RETURN,) if args.calql else ())
+        batches = data.batches(train, args.batch_size, args.seed, args.memory_mb, keys)
+        validation = next(data.batches(held_out, 8192, args.seed, args.memory_mb, keys))
+        obs_size = data.keys["observations"][1][0]
+        if args.finetune_steps and not env_id:
+            raise ValueError(f"--finetune-steps {args.finetune_steps}: the data name no market; expected --env-id")
+        train_envs = make_envs(env_id, task, args.finetune_envs, args.num_threads) if env_id else None
+        if env_id and (train_envs.single_action_space, *train_envs.single_observation_space.shape) != (
+            data.action_space,
+            obs_size,
+        ):
+            raise ValueError(
+                f"--env-id {env_id}: other actions or observations than the data's {data.action_space}, ({obs_size},)"
+            )
+    except (ValueError, gym.error.Error) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    gamma = args.gamma if args.gamma is not None else data.meta.get("gamma", 0.99)
+    if args.calql and gamma != data.meta.get("gamma"):
+        sys.exit(f"--calql, --gamma {gamma}: expected {data.meta.get('gamma')}, by which the data's returns are discounted")
+    reward_mean, reward_std, reward_max = moments(data, train, "rewards")
+    reward_scale = args.reward_scale or 1.0 / max(float(reward_std), 1e-12)
+    bound = float(reward_max) * reward_scale / max(1.0 - gamma, 1e-3)  # no policy's value is larger
+    num_actions = int(data.action_space.n) if discrete else data.action_space.shape[0]
+    agent = Agent(obs_size, num_actions, discrete, args.hidden).to(device)
+    agent.obs_mean.copy_(torch.tensor(data.meta["observation_mean"]))
+    agent.obs_scale.copy_(1.0 / torch.tensor(data.meta["observation_std"]).clamp(min=1e-6))
+    if not discrete:  # a market's space is far wider than what anybody orders
+        mean, std, _ = moments(data, train, "actions")
+        agent.low.copy_(torch.as_tensor(np.maximum(data.action_space.low, mean - 5.0 * std - 1e-6)))
+        agent.high.copy_(torch.as_tensor(np.minimum(data.action_space.high, mean + 5.0 * std + 1e-6)))
+    critic_parameters = list(agent.critic.parameters())
+    actor_parameters = [] if discrete else [*agent.actor.parameters(), agent.log_temperature]
+    groups = [{"params": critic_parameters, "lr": args.learning_rate}]
+    groups += [] if discrete else [{"params": actor_parameters, "lr": args.actor_learning_rate}]
+    optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
+    print(f"data    {args.dataset}: {data.meta['steps']} steps, {len(train)} episodes to train, {len(held_out)} held out")
+    print(f"task    {env_id or 'not named: no evaluation'}, gamma {gamma:g}, rewards x {reward_scale:.4g}")
+
+    def next_value(next_x, next_mask):
+        """(n,) value of the next state under the target critics; no entropy is added to it."""
+        if discrete:  # double Q-learning: the critics choose, the targets value
+            return agent.q(agent.target, next_x, agent.best(next_x, next_mask)).amin(dim=0)
+        return agent.q(agent.target, next_x, agent.draw(next_x, 1)[0]).amin(dim=0).squeeze(0)
+
+    def conservative(x, next_x, mask, q_data, mc_return):
+        """How far the log-sum-exp of the critics over all actions exceeds their values of the data's, and those of all."""
+        floor = -np.inf if mc_return is None else reward_scale * mc_return
+        if discrete:
+            q = agent.critic(x)
+            candidates = q if mask is None else torch.where(mask, q, -np.inf)
+            if mc_return is not None:
+                candidates = torch.where(torch.isfinite(candidates), candidates.maximum(floor[:, None]), candidates)
+            return (candidates.logsumexp(dim=2) - q_data).mean(dim=1).sum()
+        with torch.no_grad():
+            everywhere = 2.0 * torch.rand(args.samples, len(x), num_actions, device=device) - 1.0
+            here, here_density = agent.draw(x, args.samples)
+            ahead, ahead_density = agent.draw(next_x, args.samples)  # of the next states, but valued at these
+            density = torch.cat([torch.full_like(here_density, -num_actions * np.log(2.0)), here_density, ahead_density])
+        q = agent.q(agent.critic, x, torch.cat([everywhere, here, ahead]))
+        if mc_return is not None:  # Cal-QL: of the policy's own actions only
+            q = torch.cat([q[:, : args.samples], q[:, args.samples :].maximum(floor)], dim=1)
+        return ((q - density).logsumexp(dim=1) - np.log(len(density)) - q_data).mean(dim=1).sum()
+
+    def update(batch):
+        """One step of Adam on all networks, each with the others as they were before it; returns what is logged."""
+        x, action, reward, next_x, terminal, mask, next_mask, mc_return = batch
+        with torch.no_grad():
+            target = reward_scale * reward + gamma * (1.0 - terminal) * next_value(next_x, next_mask)
+        q_data = agent.q(agent.critic, x, action)
+        q_loss = (q_data - target).square().mean(dim=1).sum()
+        penalty = conservative(x, next_x, mask, q_data, mc_return)
+        loss = q_loss + args.alpha * penalty
+        actor_loss = entropy = temperature = torch.zeros((), device=device)
+        if not discrete:
+            with torch.no_grad():
+                torch._foreach_copy_(list(agent.frozen.parameters()), critic_parameters)
+            drawn, density = agent.draw(x, 1)
+            temperature, entropy = agent.log_temperature.exp(), -density.detach().mean()
+            actor_loss = (temperature.detach() * density - agent.q(agent.frozen, x, drawn).amin(dim=0)).mean()
+            loss = loss + actor_loss + temperature * (entropy + num_actions)  # entropy is held at -A, as in SAC
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(critic_parameters, args.max_grad_norm, foreach=True)
+        if actor_parameters:
+            nn.utils.clip_grad_norm_(actor_parameters, args.max_grad_norm, foreach=True)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(agent.target.parameters()), critic_parameters, args.tau)
+        return torch.stack([x.detach() for x in (actor_loss, q_loss, penalty, q_data.mean(), entropy, temperature)])
+
+    @torch.no_grad()
+    def evaluate(batch):
+        """On held-out transitions: the policy's likelihood of the data, the share of its actions that are the data's (within a
+        twentieth of the range), the critics' error and penalty, and the size of their values of the policy's actions."""
+        x, action, reward, next_x, terminal, mask, next_mask, mc_return = batch
+        best, q_data = agent.best(x, mask), agent.q(agent.critic, x, action)
+        close = best == action if discrete else (best - action).abs() <= 0.1
+        target = reward_scale * reward + gamma * (1.0 - terminal) * next_value(next_x, next_mask)
+        td_error, penalty = (q_data - target).square(), conservative(x, next_x, mask, q_data, mc_return)
+        found = {"loss": td_error.mean(dim=1).sum() + args.alpha * penalty, "nll": -agent.log_prob(x, mask, action)}
+        found |= {"agreement": close.float(), "td_error": td_error, "q": agent.q(agent.critic, x, best).abs()}
+        return {name: float(tensor.mean()) for name, tensor in found.items()}
+
+    # Start, or go on from the checkpoint
+    held = to_tensors(validation, agent, device)
+    total_steps = args.gradient_steps + args.finetune_updates * -(-args.finetune_steps // args.finetune_envs)
+    first_step, train_seconds, evals_since_best, best_step, switch_score = 1, 0.0, 0, 0, None
+    logs, logged = torch.zeros(len(LOGGED), device=device), 0
+    best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
+    buffer, filled, recent_returns = None, 0, []
+    episode_return, equity, peak = np.zeros(args.finetune_envs), np.ones(args.finetune_envs), np.ones(args.finetune_envs)
+    if args.finetune_steps:
+        obs_now, infos = train_envs.reset(seed=args.seed)
+        capacity = args.finetune_envs * -(-args.finetune_steps // args.finetune_envs)
+        buffer = {key: torch.zeros((capacity, *value.shape[1:]), dtype=torch.as_tensor(value).dtype) for key, value in
+                  validation.items()}  # fmt: skip
+        mask_now = infos.get("action_mask")
+    if checkpoint:
+        if args.finetune_steps and not task:
+            sys.exit(f"--resume {args.resume}: {env_id} cannot save its state; expected a run that is not fine-tuned there")
+        agent.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        best_score, best_model, best_step = checkpoint["best_score"], checkpoint["best_model"], checkpoint["best_step"]
+        first_step, evals_since_best = checkpoint["step"] + 1, checkpoint["evals_since_best"]
+        train_seconds, switch_score = checkpoint["train_seconds"], checkpoint["switch_score"]
+        logs, logged = checkpoint["logs"].to(device), checkpoint["logged"]
+        if checkpoint["online"]:
+            saved = checkpoint["online"]
+            train_envs.set_state({k: v.numpy() for k, v in saved["envs"].items()})
+            for key, value in saved["buffer"].items():
+                buffer[key][: len(value)] = value
+            filled, obs_now, recent_returns = len(saved["buffer"]["rewards"]), saved["obs"].numpy(), saved["recent_returns"]
+            mask_now = None if saved["mask"] is None else saved["mask"].numpy()
+            episode_return, equity, peak = saved["accounts"].numpy()
+        print(f"resume  {run_dir} after step {checkpoint['step']}")
+    else:
+        run_dir = ledger.new_run_dir(args.runs_dir, env_id or "offline", args.exp_name, args.seed)
+    batches = islice(batches, first_step - 1, None)  # the batches are those of a run that was never interrupted
+    run = {
+        "status": "running", "env_id": env_id, "args": dataclasses.asdict(args), **ledger.provenance(__file__, str(device)),
+        "trials": 1, "risk_aversion": task.risk_aversion if task else None,
+        "offline": {
+            "dataset": args.dataset, "sha256": data.meta["sha256"], "steps": data.meta["steps"],
+            "episodes": data.meta["episodes"], "behaviours": data.meta.get("behaviours"), "gradient_steps": args.gradient_steps,
+            "mean_reward": float(reward_mean) * (task.panel.bars_per_year if task else 1.0),
+        },
+    }  # fmt: skip
+    if task:
+        run |= task.describe()
+    ledger.write_json(run_dir / "run.json", run)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, config=dataclasses.asdict(args), name=run_dir.name,
+            sync_tensorboard=True, save_code=True,
+        )  # fmt: skip
+    writer = SummaryWriter(run_dir, purge_step=first_step if checkpoint else None)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in dataclasses.asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+
+    def agent_policy(observation, mask, *_):
+        mask = None if mask is None else torch.as_tensor(mask).to(device)
+        return agent.act(torch.as_tensor(observation).to(device), mask).cpu().numpy()
+
+    def play(episodes):
+        """Returns of new episodes of a Gymnasium task without exploration."""
+        games = make_envs(env_id, task, min(16, episodes), args.num_threads)
+        obs, _ = games.reset(seed=args.seed + 10_000)
+        so_far, returns = np.zeros(games.num_envs), []
+        while len(returns) < episodes:
+            action = agent_policy(np.asarray(obs, np.float32), None)
+            obs, reward, term, trunc, _ = games.step(action)
+            so_far += reward
+            returns.extend(so_far[term | trunc].tolist())
+            so_far[term | trunc] = 0.0
+        return float(np.mean(returns))
+
+    started, failure = time.time(), None
+    step, held_loss = first_step - 1, evaluate(held)
+    progress = tqdm(total=total_steps, initial=first_step - 1, unit="step", mininterval=0.5)
+    for step in range(first_step, total_steps + 1):
+        tick = time.perf_counter()
+        batch = next(batches)
+        online = step > args.gradient_steps
+
+        # Online: a step of the markets now and then, with noise that an account in drawdown can less afford
+        if online and (step - args.gradient_steps - 1) % args.finetune_updates == 0:
+            calm = 1.0 - (1.0 - equity / peak) / args.explore_drawdown
+            explore = torch.as_tensor(calm.clip(0.0, 1.0), dtype=torch.float32, device=device)
+            obs_in = torch.as_tensor(np.asarray(obs_now, np.float32)).to(device)
+            action = (
+                agent.act(obs_in, None if mask_now is None else torch.as_tensor(mask_now).to(device), explore).cpu().numpy()
+            )
+            obs_next, reward, term, trunc, infos = train_envs.step(action)
+            over = term | trunc
+            known, mask_next = np.array(obs_next, np.float32), infos.get("action_mask")
+            if over.any():
+                known[over] = np.stack(infos["final_obs"][over])
+            new = dict(zip(TRANSITION, (obs_now, action, reward, known, term)))
+            if mask_now is not None:
+                known_mask = mask_next.copy()
+                if over.any():
+                    known_mask[over] = infos["final_action_mask"][over]
+                new |= dict(zip(MASKS, (mask_now, known_mask)))
+            for key, value in new.items():
+                buffer[key][filled : filled + args.finetune_envs] = torch.as_tensor(np.asarray(value))
+            filled += args.finetune_envs
+            obs_now, mask_now, episode_return = obs_next, mask_next, episode_return + reward
+            if "record" in infos:
+                equity = infos["record"][:, EQUITY].copy()
+                peak = np.maximum(peak, equity)
+            recent_returns = (recent_returns + episode_return[over].tolist())[-100:]
+            episode_return[over], equity[over], peak[over] = 0.0, 1.0, 1.0
+        if online:
+            half = args.batch_size // 2
+            pick = torch.randint(filled, (args.batch_size - half,))
+            batch = {key: torch.cat([torch.as_tensor(value[:half]), buffer[key][pick]]) for key, value in batch.items()}
+
+        logs, logged = logs + update(to_tensors(batch, agent, device)), logged + 1
+        train_seconds += time.perf_counter() - tick
+        progress.update()
+        switch = step == args.gradient_steps
+        if step % args.eval_every and step % args.checkpoint_every and step != total_steps and not switch:
+            continue
+
+        # Validation: held-out episodes, and, where the market is known, a backtest on its validation split
+        stop_early = False
+        if step % args.eval_every == 0 or step == total_steps or switch:
+            values, held_loss = dict(zip(LOGGED, (logs / logged).tolist())), evaluate(held)
+            logs, logged = torch.zeros_like(logs), 0
+            score = task.score(task.run("val", agent_policy)) if task else -held_loss["loss"]
+            writer.add_scalar("charts/SPS", step / train_seconds, step)
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], step)
+            for name, value in values.items():
+                writer.add_scalar(f"losses/{name}", value, step)
+            for name, value in held_loss.items():
+                writer.add_scalar(f"eval/held_out_{name}", value, step)
+            writer.add_scalar("eval/val_score", score, step)
+            if recent_returns:
+                writer.add_scalar("charts/episodic_return", np.mean(recent_returns), step)
+            progress.set_postfix_str(f"{step / train_seconds:.0f} steps/s, validation {score:.4g}", refresh=False)
+
+            # Fail-safe: stop cleanly, and say where
+            bad = [name for name, value in {**values, **held_loss}.items() if not np.isfinite(value)]
+            bad += [name for name, p in agent.named_parameters() if not torch.isfinite(p).all()]
+            if bad:
+                failure = f"diverged by step {step}: {', '.join(bad)} not finite"
+            elif held_loss["q"] > bound:
+                failure = f"diverged by step {step}: mean |Q| {held_loss['q']:.4g}, no return exceeds {bound:.4g}"
+            if failure:
+                break
+            evals_since_best += 1
+            if score > best_score:
+                best_score, evals_since_best, best_step = score, 0, step
+                best_model = {k: v.clone() for k, v in agent.state_dict().items()}
+            switch_score = score if switch else switch_score
+            stop_early = args.patience > 0 and evals_since_best >= args.patience
+        if step % args.checkpoint_every == 0 or step == total_steps or stop_early:
+            save_checkpoint(run_dir / "model.pt", {
+                "args": dataclasses.asdict(args), "step": total_steps if stop_early else step,
+                "train_seconds": train_seconds, "model": agent.state_dict(), "optimizer": optimizer.state_dict(),
+                "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+                "best_score": best_score, "best_model": best_model, "best_step": best_step,
+                "evals_since_best": evals_since_best, "switch_score": switch_score,
+                "logs": logs, "logged": logged,
+                "online": {
+                    "envs": {k: torch.as_tensor(v) for k, v in train_envs.get_state().items()},
+                    "buffer": {key: value[:filled] for key, value in buffer.items()}, "recent_returns": recent_returns,
+                    "obs": torch.as_tensor(obs_now), "mask": None if mask_now is None else torch.as_tensor(mask_now),
+                    "accounts": torch.as_tensor(np.stack([episode_return, equity, peak])),
+                } if online and task else None,
+            })  # fmt: skip
+        if stop_early:
+            print(f"\nstopped early: no better validation score in {evals_since_best} validations")
+            break
+    progress.close()
+    writer.close()
+
+    # Final report: the last model, and the one chosen on validation; the test split is read here for the first and only time
+    run |= {
+        "status": "failed" if failure else "finished", "failure": failure, "train_seconds": train_seconds,
+        "wall_clock": time.time() - started, "sps": step / max(train_seconds, 1e-9), "val_score": best_score,
+        "env_steps": filled, "last_100_returns": float(np.mean(recent_returns)) if recent_returns else None,
+    }  # fmt: skip
+    run["offline"] |= {"best_step": best_step, "switch_score": switch_score, "held_out": held_loss, "bound": bound}
+    if failure:
+        ledger.write_json(run_dir / "run.json", run)
+        sys.exit(f"{failure}; the last good checkpoint, if any, is in {run_dir}")
+    print(f"\nheld-out episodes: {', '.join(f'{name} {value:.4g}' for name, value in held_loss.items())}")
+    if task:
+        compared = {"last": task.run("test", agent_policy)}
+        agent.load_state_dict(best_model)
+        frames = {split: task.run(split, agent_policy) for split in task.splits}
+        ledger.write_ledger(run_dir / "ledger_last.parquet", compared["last"])
+        ledger.write_ledger(run_dir / "ledger.parquet", pd.concat(frames.values(), ignore_index=True))
+        compared = {"agent": frames["test"], **compared, **task.compare(args.seed)}
+        scores = {name: ledger.summarise(frame, task.panel.bars_per_year) for name, frame in compared.items()}
+        for name, frame in compared.items():
+            scores[name]["utility"] = task.score(frame)
+        run["scores"] = {"test": scores} | {
+            split: {"agent": ledger.summarise(frames[split], task.panel.bars_per_year, resamples=0)}
+            for split in ("train", "val")
+        }
+        print(f"test split, after costs, per year ({scores['agent']['bars']} bars; {scores['agent']['bootstrap']});")
+        print(f"agent: best on validation, step {best_step}; score: growth, less risk where the rewards are")
+        print(f"{'':22}{'Sharpe':>7}  {'95% interval':<16}{'growth':>8}{'score':>9}{'drawdown':>10}{'turnover':>10}{'cost':>8}")
+        for name, s in scores.items():
+            interval = f"[{s['sharpe_low']:.2f}, {s['sharpe_high']:.2f}]"
+            print(f"{name:22}{s['sharpe']:7.2f}  {interval:<16}{s['growth']:8.1%}{s['utility']:9.1%}", end="")
+            print(f"{s['max_drawdown']:10.1%}{s['turnover']:9.0f}x{s['cost']:8.1%}")
+        print(f"mean reward of the data: {run['offline']['mean_reward']:.1%} per year")
+    elif env_id:
+        run["eval_return"] = {"last": play(args.eval_episodes)}
+        agent.load_state_dict(best_model)
+        run["eval_return"]["best"] = play(args.eval_episodes)
+        told = ", ".join(f"{name} model {value:.4g}" for name, value in run["eval_return"].items())
+        print(f"mean return of {args.eval_episodes} episodes: {told}")
+    ledger.write_json(run_dir / "run.json", run)
+    print(f"{run['sps']:.0f} gradient steps/s; run directory {run_dir}")
+    if args.track:
+        wandb.finish()
