@@ -86,6 +86,8 @@ class Args:
     """weight of the penalty on the values of actions that the data do not take"""
     samples: int = 10
     """actions drawn for the penalty from each of: all, the policy's here, and its at the next state (continuous actions)"""
+    bc_steps: int = 1_000
+    """gradient steps in which the actor imitates the data, while the critics are not worth following yet"""
     calql: bool = False
     """no penalty below the data's own return from there: Cal-QL (Nakamoto et al. 2023), for fine-tuning"""
     tau: float = 0.005
@@ -349,7 +351,7 @@ if __name__ == "__main__":
             q = torch.cat([q[:, : args.samples], q[:, args.samples :].maximum(floor)], dim=1)
         return ((q - density).logsumexp(dim=1) - np.log(len(density)) - q_data).mean(dim=1).sum()
 
-    def update(batch):
+    def update(batch, imitate):
         """One step of Adam on all networks, each with the others as they were before it; returns what is logged."""
         x, action, reward, next_x, terminal, mask, next_mask, mc_return = batch
         with torch.no_grad():
@@ -364,7 +366,8 @@ if __name__ == "__main__":
                 torch._foreach_copy_(list(agent.frozen.parameters()), critic_parameters)
             drawn, density = agent.draw(x, 1)
             temperature, entropy = agent.log_temperature.exp(), -density.detach().mean()
-            actor_loss = (temperature.detach() * density - agent.q(agent.frozen, x, drawn).amin(dim=0)).mean()
+            good = agent.log_prob(x, None, action) if imitate else agent.q(agent.frozen, x, drawn).amin(dim=0)
+            actor_loss = (temperature.detach() * density - good).mean()
             loss = loss + actor_loss + temperature * (entropy + num_actions)  # entropy is held at -A, as in SAC
         optimizer.zero_grad()
         loss.backward()
@@ -508,7 +511,7 @@ if __name__ == "__main__":
             pick = torch.randint(filled, (args.batch_size - half,))
             batch = {key: torch.cat([torch.as_tensor(value[:half]), buffer[key][pick]]) for key, value in batch.items()}
 
-        logs, logged = logs + update(to_tensors(batch, agent, device)), logged + 1
+        logs, logged = logs + update(to_tensors(batch, agent, device), step <= args.bc_steps), logged + 1
         train_seconds += time.perf_counter() - tick
         progress.update()
         switch = step == args.gradient_steps
