@@ -211,7 +211,9 @@ if __name__ == "__main__":
     try:
         data = Dataset(args.dataset)
         task = Task.of(data)
-        env_id = task.env_id if task else args.env_id or data.meta.get("env_id")
+        env_id = task.env_id if task else args.env_id
+        if env_id is None and data.meta.get("env_id") in gym.registry:
+            env_id = data.meta["env_id"]
         train, held_out = data.split_episodes(args.validation_fraction, args.seed)
         train, held_out = (best_episodes(data, episodes, args.top_percent) for episodes in (train, held_out))
         discrete = isinstance(data.action_space, gym.spaces.Discrete)
@@ -265,7 +267,7 @@ if __name__ == "__main__":
     # Start, or go on from the checkpoint
     held = to_tensors(validation, agent, device)
     first_step, train_seconds, evals_since_best, best_step = 1, 0.0, 0, 0
-    logs, logged = torch.zeros(len(LOGGED), device=device), 0
+    logs, logged, held_loss = torch.zeros(len(LOGGED), device=device), 0, {}
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
     if checkpoint:
         agent.load_state_dict(checkpoint["model"])
@@ -276,7 +278,7 @@ if __name__ == "__main__":
         best_score, best_model, best_step = checkpoint["best_score"], checkpoint["best_model"], checkpoint["best_step"]
         first_step, evals_since_best = checkpoint["step"] + 1, checkpoint["evals_since_best"]
         train_seconds = checkpoint["train_seconds"]
-        logs, logged = checkpoint["logs"].to(device), checkpoint["logged"]
+        logs, logged, held_loss = checkpoint["logs"].to(device), checkpoint["logged"], checkpoint["held_loss"]
         print(f"resume  {run_dir} after step {checkpoint['step']}")
     else:
         run_dir = ledger.new_run_dir(args.runs_dir, env_id or "offline", args.exp_name, args.seed)
@@ -321,7 +323,7 @@ if __name__ == "__main__":
         return float(np.mean(returns))
 
     started, failure = time.time(), None
-    step, held_loss = first_step - 1, evaluate(held)
+    step = first_step - 1
     progress = tqdm(total=args.gradient_steps, initial=first_step - 1, unit="step", mininterval=0.5)
     for step in range(first_step, args.gradient_steps + 1):
         tick = time.perf_counter()
@@ -369,7 +371,7 @@ if __name__ == "__main__":
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "best_score": best_score, "best_model": best_model, "best_step": best_step,
                 "evals_since_best": evals_since_best,
-                "logs": logs, "logged": logged,
+                "logs": logs, "logged": logged, "held_loss": held_loss,
             })  # fmt: skip
         if stop_early:
             print(f"\nstopped early: no better validation score in {evals_since_best} validations")

@@ -74,7 +74,7 @@ class Args:
     """transitions in a batch"""
     learning_rate: float = 1e-3
     """learning rate of the critics' Adam"""
-    actor_learning_rate: float = 3e-4
+    actor_learning_rate: float = 1e-3
     """learning rate of the actor's (continuous actions)"""
     gamma: float | None = None
     """discount factor (the data's by default, else 0.99)"""
@@ -82,7 +82,7 @@ class Args:
     """units in each of two hidden layers"""
     reward_scale: float | None = None
     """factor on rewards (one over their standard deviation by default), in whose units --alpha is"""
-    alpha: float = 0.1
+    alpha: float = 1.0
     """weight of the penalty on the values of actions that the data do not take"""
     samples: int = 10
     """actions drawn for the penalty from each of: all, the policy's here, and its at the next state (continuous actions)"""
@@ -285,7 +285,9 @@ if __name__ == "__main__":
     try:
         data = Dataset(args.dataset)
         task = Task.of(data)
-        env_id = task.env_id if task else args.env_id or data.meta.get("env_id")
+        env_id = task.env_id if task else args.env_id
+        if env_id is None and data.meta.get("env_id") in gym.registry:
+            env_id = data.meta["env_id"]
         train, held_out = data.split_episodes(args.validation_fraction, args.seed)
         discrete = isinstance(data.action_space, gym.spaces.Discrete)
         keys = TRANSITION + (MASKS if discrete and set(MASKS) <= set(data.keys) else ()) + ((RETURN,) if args.calql else ())
@@ -396,9 +398,9 @@ if __name__ == "__main__":
     held = to_tensors(validation, agent, device)
     total_steps = args.gradient_steps + args.finetune_updates * -(-args.finetune_steps // args.finetune_envs)
     first_step, train_seconds, evals_since_best, best_step, switch_score = 1, 0.0, 0, 0, None
-    logs, logged = torch.zeros(len(LOGGED), device=device), 0
+    logs, logged, held_loss = torch.zeros(len(LOGGED), device=device), 0, {}
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
-    buffer, filled, recent_returns = None, 0, []
+    buffer, filled, recent_returns, begun = None, 0, [], np.arange(args.finetune_envs)
     episode_return, equity, peak = np.zeros(args.finetune_envs), np.ones(args.finetune_envs), np.ones(args.finetune_envs)
     if args.finetune_steps:
         obs_now, infos = train_envs.reset(seed=args.seed)
@@ -417,7 +419,7 @@ if __name__ == "__main__":
         best_score, best_model, best_step = checkpoint["best_score"], checkpoint["best_model"], checkpoint["best_step"]
         first_step, evals_since_best = checkpoint["step"] + 1, checkpoint["evals_since_best"]
         train_seconds, switch_score = checkpoint["train_seconds"], checkpoint["switch_score"]
-        logs, logged = checkpoint["logs"].to(device), checkpoint["logged"]
+        logs, logged, held_loss = checkpoint["logs"].to(device), checkpoint["logged"], checkpoint["held_loss"]
         if checkpoint["online"]:
             saved = checkpoint["online"]
             train_envs.set_state({k: v.numpy() for k, v in saved["envs"].items()})
@@ -426,6 +428,7 @@ if __name__ == "__main__":
             filled, obs_now, recent_returns = len(saved["buffer"]["rewards"]), saved["obs"].numpy(), saved["recent_returns"]
             mask_now = None if saved["mask"] is None else saved["mask"].numpy()
             episode_return, equity, peak = saved["accounts"].numpy()
+            begun = saved["begun"].numpy()
         print(f"resume  {run_dir} after step {checkpoint['step']}")
     else:
         run_dir = ledger.new_run_dir(args.runs_dir, env_id or "offline", args.exp_name, args.seed)
@@ -471,7 +474,7 @@ if __name__ == "__main__":
         return float(np.mean(returns))
 
     started, failure = time.time(), None
-    step, held_loss = first_step - 1, evaluate(held)
+    step = first_step - 1
     progress = tqdm(total=total_steps, initial=first_step - 1, unit="step", mininterval=0.5)
     for step in range(first_step, total_steps + 1):
         tick = time.perf_counter()
@@ -497,8 +500,16 @@ if __name__ == "__main__":
                 if over.any():
                     known_mask[over] = infos["final_action_mask"][over]
                 new |= dict(zip(MASKS, (mask_now, known_mask)))
+            if args.calql:
+                new[RETURN] = np.full(args.finetune_envs, -np.inf)  # until the episode is over
             for key, value in new.items():
                 buffer[key][filled : filled + args.finetune_envs] = torch.as_tensor(np.asarray(value))
+            for market in np.flatnonzero(over) if args.calql else ():
+                earned = 0.0
+                for slot in range(filled + market, begun[market] - 1, -args.finetune_envs):
+                    earned = buffer["rewards"][slot].item() + gamma * earned
+                    buffer[RETURN][slot] = earned
+                begun[market] = filled + market + args.finetune_envs
             filled += args.finetune_envs
             obs_now, mask_now, episode_return = obs_next, mask_next, episode_return + reward
             if "record" in infos:
@@ -557,12 +568,13 @@ if __name__ == "__main__":
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "best_score": best_score, "best_model": best_model, "best_step": best_step,
                 "evals_since_best": evals_since_best, "switch_score": switch_score,
-                "logs": logs, "logged": logged,
+                "logs": logs, "logged": logged, "held_loss": held_loss,
                 "online": {
                     "envs": {k: torch.as_tensor(v) for k, v in train_envs.get_state().items()},
                     "buffer": {key: value[:filled] for key, value in buffer.items()}, "recent_returns": recent_returns,
                     "obs": torch.as_tensor(obs_now), "mask": None if mask_now is None else torch.as_tensor(mask_now),
                     "accounts": torch.as_tensor(np.stack([episode_return, equity, peak])),
+                    "begun": torch.as_tensor(begun),
                 } if online and task else None,
             })  # fmt: skip
         if stop_early:

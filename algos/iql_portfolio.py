@@ -246,7 +246,9 @@ if __name__ == "__main__":
     try:
         data = Dataset(args.dataset)
         task = Task.of(data)
-        env_id = task.env_id if task else args.env_id or data.meta.get("env_id")
+        env_id = task.env_id if task else args.env_id
+        if env_id is None and data.meta.get("env_id") in gym.registry:
+            env_id = data.meta["env_id"]
         train, held_out = data.split_episodes(args.validation_fraction, args.seed)
         discrete = isinstance(data.action_space, gym.spaces.Discrete)
         masks = ("infos/action_mask", "infos/next_action_mask")
@@ -331,7 +333,7 @@ if __name__ == "__main__":
     held = to_tensors(validation, agent, device)
     total_steps = args.gradient_steps + args.finetune_updates * -(-args.finetune_steps // args.finetune_envs)
     first_step, train_seconds, evals_since_best, best_step, switch_score = 1, 0.0, 0, 0, None
-    logs, logged = torch.zeros(len(LOGGED), device=device), 0
+    logs, logged, held_loss = torch.zeros(len(LOGGED), device=device), 0, {}
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
     buffer, filled, recent_returns = None, 0, []
     episode_return, equity, peak = np.zeros(args.finetune_envs), np.ones(args.finetune_envs), np.ones(args.finetune_envs)
@@ -352,7 +354,7 @@ if __name__ == "__main__":
         best_score, best_model, best_step = checkpoint["best_score"], checkpoint["best_model"], checkpoint["best_step"]
         first_step, evals_since_best = checkpoint["step"] + 1, checkpoint["evals_since_best"]
         train_seconds, switch_score = checkpoint["train_seconds"], checkpoint["switch_score"]
-        logs, logged = checkpoint["logs"].to(device), checkpoint["logged"]
+        logs, logged, held_loss = checkpoint["logs"].to(device), checkpoint["logged"], checkpoint["held_loss"]
         if checkpoint["online"]:
             saved = checkpoint["online"]
             train_envs.set_state({k: v.numpy() for k, v in saved["envs"].items()})
@@ -406,7 +408,7 @@ if __name__ == "__main__":
         return float(np.mean(returns))
 
     started, failure = time.time(), None
-    step, held_loss = first_step - 1, evaluate(held)
+    step = first_step - 1
     progress = tqdm(total=total_steps, initial=first_step - 1, unit="step", mininterval=0.5)
     for step in range(first_step, total_steps + 1):
         tick = time.perf_counter()
@@ -494,7 +496,7 @@ if __name__ == "__main__":
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "best_score": best_score, "best_model": best_model, "best_step": best_step,
                 "evals_since_best": evals_since_best, "switch_score": switch_score,
-                "logs": logs, "logged": logged,
+                "logs": logs, "logged": logged, "held_loss": held_loss,
                 "online": {
                     "envs": {k: torch.as_tensor(v) for k, v in train_envs.get_state().items()},
                     "buffer": {key: value[:filled] for key, value in buffer.items()}, "recent_returns": recent_returns,
