@@ -52,15 +52,15 @@ def weights_actor(data: PortfolioData, targets: np.ndarray, noise: float, rng: n
 def scores(data: PortfolioData, targets: np.ndarray, held: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The action (n, A) that makes Portfolio-v0 order `targets` (n, N) at `rows` (n,), given the weights `held` (n, N).
 
-    NaN, and a symbol without a bar: the weight held. Each weight is first cut to the cap of a symbol, and to 0 or more in
-    long_only; cash asks for what they leave over of the budget, and the leverage head for a budget of 1. The order is then
-    that, to the rounding of float32, unless caps on groups, gross or net exposure forbid it, or a score would pass +-LARGEST
-    (a larger --scale reaches further).
+    NaN: the weight held, as for a symbol without a bar, which cannot be ordered. Each weight is first cut to the cap of a
+    symbol, and to 0 or more in long_only; cash asks for what they leave over of the budget, and the leverage head for a
+    budget of 1. The order is then that, to the rounding of float32, unless caps on groups, gross or net exposure forbid it,
+    or a score would pass +-LARGEST (a larger --scale reaches further).
     """
     c, scale = data.config, data.scale
     long_only, change = c.constraints == LONG_ONLY, c.orders == "change"
-    ordered = np.clip(targets, 0.0 if long_only else -c.asset_cap, c.asset_cap)
-    ordered = np.where(np.isnan(targets) | ~data.panel.present[rows], held, ordered)
+    ordered = np.where(np.isnan(targets), held, targets).clip(0.0 if long_only else -c.asset_cap, c.asset_cap)
+    ordered = np.where(data.panel.present[rows], ordered, held)
     base = held if change else np.zeros_like(held)
     action = np.clip((ordered - base) / scale, -LARGEST, LARGEST)
     heads = [action]

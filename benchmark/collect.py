@@ -212,10 +212,12 @@ def main(args: Args, others: list[str]) -> int:
         sys.exit(f"--out {args.out}: {error.strerror}; expected a folder")
     folder = os.open(args.out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it if this process dies
+        collect(args, others)
     except BlockingIOError:
         sys.exit(f"--out {args.out}: another collection runs there; expected another folder")
-    collect(args, others)
+    finally:
+        os.close(folder)
     return 0
 
 
