@@ -8,6 +8,7 @@ Any other flag, such as --start or --asset-cap, goes to both of them as it is; o
 collection that was killed is begun again by the same command.
 """
 
+import contextlib
 import fcntl
 import math
 import os
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -200,6 +202,20 @@ def collect(args: Args, others: list[str]):
     print(f"dataset: {final}")
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other collections out of a folder. The system lets go of the lock of a process that dies. Exits if it is taken."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"--out {folder}: another collection runs there; expected another folder")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 def main(args: Args, others: list[str]) -> int:
     if taken := [part for part in others if part.partition("=")[0].replace("_", "-") in OURS]:
         sys.exit(f"{taken[0]}: is set here; expected flags of the scripts but {' '.join(OURS)}")
@@ -210,14 +226,8 @@ def main(args: Args, others: list[str]) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         sys.exit(f"--out {args.out}: {error.strerror}; expected a folder")
-    folder = os.open(args.out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it if this process dies
+    with alone(args.out):
         collect(args, others)
-    except BlockingIOError:
-        sys.exit(f"--out {args.out}: another collection runs there; expected another folder")
-    finally:
-        os.close(folder)
     return 0
 
 

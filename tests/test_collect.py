@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import baselines
 import behaviours
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import rules
-from conftest import ROOT, SMALL, assert_same_bits, ragged_panel, run_python, tampered, whole
+from conftest import ROOT, SMALL, assert_same_bits, ragged_panel, tampered, whole
 
 from envs.dataset import TRANSITION, Dataset
 from envs.dataset_writer import merge
@@ -27,7 +27,6 @@ from envs.synthetic import make_panel
 from envs.task import Task
 
 GP = "synthetic:garleanu-pedersen:bars=300:train=2:val=1:test=2"
-LEADLAG = "synthetic:leadlag:bars=400:train=2:val=1:test=2"
 RULES = rules.RuleConfig(window=50, refit_every=20, momentum_window=30, kelly_t=0.5)
 TERMS = {
     "long only": {},
@@ -298,7 +297,7 @@ def test_baselines_log_what_they_do_on_the_agents_terms(tmp_path):
 
 def test_baselines_log_lookbacks(tmp_path):
     names = ("lead-lag-random", "lead-lag-90", "oracle-regime")
-    short = ("--market", LEADLAG, "--log-episodes", "5", "--episode-length", "20", "--only", *names)
+    short = ("--market", SMALL, "--log-episodes", "5", "--episode-length", "20", "--only", *names)
     found = log(tmp_path, *short, "--log-epsilon", "0.2", "--costs", "retail", "--fill", "next_close")
     for name in names:
         data = found[f"{name}__1"]
@@ -364,15 +363,14 @@ CHEAP = ("--market", GP, "--episode-length", "8", "--behaviours", "random", "equ
     (
         ("long_only", GP, "ppo_portfolio", ("--asset-cap", "0.5", "--gamma", "0.7")),
         ("long_short", GP, "ppo_portfolio", ("--behaviours", "ppo", "random", "closed-form")),
-        ("lookback", LEADLAG, "ppo_leadlag", ()),
+        ("lookback", SMALL, "ppo_leadlag", ()),
     ),
 )
-def test_a_collection_of_each_regime(regime, market, script, flags, tmp_path):
+def test_a_collection_of_each_regime(regime, market, script, flags, tmp_path, capsys):
     out = tmp_path / "deep" / "er"
     options = ["--market", market, "--episodes", "12", "--total-timesteps", "1", "--log-at", "1", "--num-threads", "1"]
     options += ["--seed", "3", "--episode-length", "16", "--train-fraction", "0.6", *flags]
-    done = run_python(str(ROOT / "benchmark" / "collect.py"), "--regime", regime, "--out", str(out), *options)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert collect.main(*parse(*options, regime=regime, out=out)) == 0
     data = Dataset(out / "dataset.hdf5")
     names = [name for name in collect.REGIMES[regime].behaviours if name != "ppo"]
     if regime == "long_short":
@@ -392,7 +390,7 @@ def test_a_collection_of_each_regime(regime, market, script, flags, tmp_path):
         assert data.meta["gamma"] == (0.7 if regime == "long_only" else 0.9) and task.risk_aversion == 40.0
     (run_dir,) = (out / "runs").iterdir()
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
-    lines = done.stdout.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert f"ppo's run directory: {run_dir}" in lines and f"dataset: {out / 'dataset.hdf5'}" in lines
     rewards = content(data, "rewards")["rewards"].astype(float)
     size, rest = 16 * share, []
@@ -542,9 +540,11 @@ def test_checkpoints_are_sorted_and_a_missing_one_is_said(here, tmp_path):
 
 def test_known_terms_are_those_of_the_script():
     """baselines.py and algos/ppo_portfolio.py each say them; a collection needs them to be the same."""
-    text = (ROOT / "algos" / "ppo_portfolio.py").read_text()
+    from scripts import SCRIPTS  # here, for it loads torch, which no other test in this file needs
+
+    theirs = SCRIPTS["ppo_portfolio"].module.KNOWN
+    assert theirs.keys() == baselines.KNOWN.keys()
     for market, known in baselines.KNOWN.items():
-        part = text[text.index(f'"{market}": dict(') :]
-        said = part[part.index("PortfolioConfig(") :]
-        said = eval(said[: said.index(")") + 1], {"PortfolioConfig": PortfolioConfig})  # the text of one constructor
-        assert asdict(said) == asdict(known["portfolio"])
+        assert known["portfolio"] == theirs[market]["portfolio"]
+        variance = known.get("rules", rules.RuleConfig()).penalty_variance
+        assert variance == theirs[market].get("penalty_variance", 0.0)
