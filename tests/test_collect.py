@@ -207,7 +207,8 @@ def test_random_lookbacks(small):
 
 
 def test_top_k_holds_the_best_of_what_has_a_history(small):
-    for s, size in ((small, 1), (setting(ragged_panel(1, bars=240), replace(RULES, top_k=2, top_window=7)), 2)):
+    ragged = {k: setting(ragged_panel(1, bars=240), replace(RULES, top_k=k, top_window=7)) for k in (5, 2)}
+    for s, size in ((small, 1), (ragged[5], 5), (ragged[2], 2)):  # at times fewer than 5 have a history
         targets, window = rules.RULES["top-k"](s), s.config.top_window
         close = pd.DataFrame(s.panel.close)
         for a, b in zip(s.panel.segments, np.append(s.panel.segments[1:], s.panel.num_bars)):
