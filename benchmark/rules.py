@@ -20,6 +20,7 @@ from envs.panel import Panel, Split
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
 
 LOOKBACKS = (10, 30, 90)  # of the lead-lag rules; a geometric grid, as LeadLagConfig makes it
+TOP_SHARE = 0.2  # share of the symbols that top-k holds
 COVERAGE = 0.8  # share of the bars of a window that a symbol must have to be fitted
 TOP = 0.3  # share of the symbols that momentum holds, and the oracle of returns
 
@@ -38,6 +39,10 @@ class RuleConfig:
     """share of the Kelly weight, mean / variance, that kelly-lite holds"""
     kelly_t: float = 1.0
     """t-statistic of the mean below which kelly-lite closes a position"""
+    top_k: int = 0
+    """symbols that top-k holds (0: a fifth of them, at least 1)"""
+    top_window: int = 20
+    """bars over which top-k measures returns, up to now"""
     plan: str | None = None
     """CSV file of the plan rule, with the columns timestamp, symbol and weight"""
     penalty_variance: float = 0.0
@@ -53,6 +58,8 @@ class RuleConfig:
         expect(self.momentum_window == 0 or self.momentum_window >= 2, "momentum_window", "0 or at least 2 bars")
         expect(0 < self.kelly_fraction < np.inf, "kelly_fraction", "a positive number")
         expect(0 <= self.kelly_t < np.inf, "kelly_t", "0 or a positive number")
+        expect(self.top_k >= 0, "top_k", "0 or a number of symbols")
+        expect(self.top_window >= 1, "top_window", "at least 1 bar")
         expect(0 <= self.penalty_variance < np.inf, "penalty_variance", "0 or a positive number")
 
 
@@ -61,26 +68,34 @@ class Setting:
     """What a rule may look at. Each range of a split begins in cash at the row where Portfolio-v0 lets its agents decide first.
 
     `starts`: by split, those rows (R,). `first`, `stop`: of all splits; decisions are taken at rows first..stop-2 of a range.
+    `portfolio`: costs and fill of the tables; its constraints bind `data` in Portfolio-v0, but no rule.
     """
 
     panel: Panel
     splits: dict[str, Split]
-    costs: str = "institutional"
-    fill: str = "auto"
+    portfolio: PortfolioConfig = PortfolioConfig()
     seed: int = 1
     config: RuleConfig = RuleConfig()
     notes: dict = field(default_factory=dict)  # what the rule has to say in run.json
 
     def __post_init__(self):
-        self.data = PortfolioData(self.panel, PortfolioConfig(costs=self.costs, fill=self.fill))
+        self.data = PortfolioData(self.panel, self.portfolio)
         self.starts = {name: self.data.market(split).starts for name, split in self.splits.items()}
         self.first = np.concatenate(list(self.starts.values()))
         self.stop = np.concatenate([split.ranges[:, 1] for split in self.splits.values()])
 
     @cached_property
     def leadlag(self) -> LeadLagData:
-        grid = dict(min_lookback=LOOKBACKS[0], max_lookback=LOOKBACKS[-1], num_lookbacks=len(LOOKBACKS))
-        data = LeadLagData(self.panel, LeadLagConfig(costs=self.costs, fill=self.fill, **grid))
+        """LeadLag-v0 over the lookbacks of the rules."""
+        return self._leadlag(min_lookback=LOOKBACKS[0], max_lookback=LOOKBACKS[-1], num_lookbacks=len(LOOKBACKS))
+
+    @cached_property
+    def leadlag_market(self) -> LeadLagData:
+        """LeadLag-v0 as its agents have it by default, over eight lookbacks."""
+        return self._leadlag()
+
+    def _leadlag(self, **grid) -> LeadLagData:
+        data = LeadLagData(self.panel, LeadLagConfig(costs=self.portfolio.costs, fill=self.portfolio.fill, **grid))
         for split in self.splits.values():
             data.market(split)  # refuses a split in which no lookback can be used
         return data
@@ -113,6 +128,10 @@ class Setting:
         x, present = self.returns[begin : t + 1], self.panel.present[begin : t + 1]
         enough = present[-1] & (present.mean(axis=0) >= COVERAGE) & (x.std(axis=0) > 0) & self.listed[begin - 1]
         return x, enough
+
+
+# choice(setting, data) -> (T,) int64, index of the lookback of `data` that a rule orders at each bar
+Choice = Callable[[Setting, LeadLagData], np.ndarray]
 
 
 def shares(chosen: np.ndarray) -> np.ndarray:
@@ -148,11 +167,59 @@ def random(s: Setting) -> np.ndarray:
     return drawn / np.maximum(drawn.sum(axis=1, keepdims=True), 1e-300)
 
 
-def lookback(bars: int) -> Callable[[Setting], np.ndarray]:
-    def rule(s: Setting) -> np.ndarray:
-        return followers(s.leadlag, np.full(s.panel.num_bars, LOOKBACKS.index(bars)))
+def nearest(data: LeadLagData, bars: int) -> int:
+    """Index of the lookback of `data` that is nearest to so many bars, of two the shorter."""
+    return int(np.abs(data.lookbacks - bars).argmin())
 
-    rule.__doc__ = f"followers of the leaders of the last {bars} bars"
+
+def fixed_lookback(bars: int) -> Choice:
+    def choice(s: Setting, data: LeadLagData) -> np.ndarray:
+        return np.full(s.panel.num_bars, nearest(data, bars))
+
+    choice.__doc__ = f"followers of the leaders of the last {bars} bars"
+    return choice
+
+
+def volatility_lookback(s: Setting, data: LeadLagData) -> np.ndarray:
+    """lookback 10 while 5-bar volatility is above that of 60 bars, else 90"""
+    ratio = regime_features(s.panel)[:, REGIME_FEATURES.index("vol_ratio")]
+    return np.where(ratio > 0, nearest(data, LOOKBACKS[0]), nearest(data, LOOKBACKS[-1]))
+
+
+def correlation_lookback(s: Setting, data: LeadLagData) -> np.ndarray:
+    """lookback 10 while 20-bar average correlation is above its mean of the history so far, else 90"""
+    level = regime_features(s.panel)[:, REGIME_FEATURES.index("average_correlation")].astype(np.float64)
+    mean = np.zeros_like(level)
+    for a, b in zip(s.panel.segments, np.append(s.panel.segments[1:], len(level))):
+        mean[a:b] = np.cumsum(level[a:b]) / np.arange(1, b - a + 1)
+    return np.where(level > mean, nearest(data, LOOKBACKS[0]), nearest(data, LOOKBACKS[-1]))
+
+
+def random_lookback(s: Setting, data: LeadLagData) -> np.ndarray:
+    """another lookback every bar, each as likely, of the seed"""
+    return np.random.default_rng(s.seed).integers(len(data.lookbacks), size=s.panel.num_bars)
+
+
+def oracle_lookback(s: Setting, data: LeadLagData) -> np.ndarray:
+    """told the regime: the lookback that is best in it, of LeadLag-v0's eight (synthetic:leadlag)"""
+    require_truth(s, "regime", "expected_return")
+    ranges = np.concatenate([split.ranges for split in s.splits.values()])
+    everything = Split("test", ranges[np.argsort(ranges[:, 0])])
+    frame = references.references(data, {"train": s.splits["train"], "test": everything})["oracle regime"]
+    decided = zip(data.market(everything).starts, everything.ranges[:, 1])
+    choice = np.zeros(s.panel.num_bars, np.int64)
+    choice[np.concatenate([np.arange(a, b - 1) for a, b in decided])] = frame["action"]
+    return choice
+
+
+def following(choice: Choice) -> Callable[[Setting], np.ndarray]:
+    """The rule that holds the portfolio of the lookback choice[t] at bar t."""
+
+    def rule(s: Setting) -> np.ndarray:
+        data = s.leadlag_market if choice is oracle_lookback else s.leadlag
+        return followers(data, choice(s, data))
+
+    rule.__doc__ = choice.__doc__
     return rule
 
 
@@ -160,21 +227,6 @@ def followers(data: LeadLagData, choice: np.ndarray) -> np.ndarray:
     """The portfolio of lookback choice[t] at bar t; where that lacks history, of the nearest that LeadLag-v0 would take."""
     rows = np.arange(data.panel.num_bars)
     return data.targets[rows, references.hold(choice)(None, data.valid, rows)].astype(np.float64)
-
-
-def leadlag_volatility(s: Setting) -> np.ndarray:
-    """lookback 10 while 5-bar volatility is above that of 60 bars, else 90"""
-    ratio = regime_features(s.panel)[:, REGIME_FEATURES.index("vol_ratio")]
-    return followers(s.leadlag, np.where(ratio > 0, 0, len(LOOKBACKS) - 1))
-
-
-def leadlag_correlation(s: Setting) -> np.ndarray:
-    """lookback 10 while 20-bar average correlation is above its mean of the history so far, else 90"""
-    level = regime_features(s.panel)[:, REGIME_FEATURES.index("average_correlation")].astype(np.float64)
-    mean = np.zeros_like(level)
-    for a, b in zip(s.panel.segments, np.append(s.panel.segments[1:], len(level))):
-        mean[a:b] = np.cumsum(level[a:b]) / np.arange(1, b - a + 1)
-    return followers(s.leadlag, np.where(level > mean, 0, len(LOOKBACKS) - 1))
 
 
 def momentum(s: Setting, losers: float = 0.0) -> np.ndarray:
@@ -202,6 +254,21 @@ def momentum(s: Setting, losers: float = 0.0) -> np.ndarray:
 def momentum_neutral(s: Setting) -> np.ndarray:
     """the same, half in the best 30% and half short in the worst"""
     return momentum(s, losers=0.5)
+
+
+def top_k(s: Setting) -> np.ndarray:
+    """the k symbols with the best return of the last 20 bars, a fifth of all, equal weights, every bar"""
+    size, window = s.config.top_k or max(1, round(TOP_SHARE * s.panel.num_symbols)), s.config.top_window
+    if size > s.panel.num_symbols:
+        raise ValueError(f"--top-k {size}: expected at most the {s.panel.num_symbols} symbols of panel {s.panel.name!r}")
+    close, rows = s.panel.filled("close"), np.arange(s.panel.num_bars)
+    known = rows - window >= s.panel.segments[s.panel.segment_of_row]
+    past = np.full(close.shape, np.nan)
+    past[known] = np.where(s.panel.present[known], close[known] / close[rows[known] - window] - 1.0, np.nan)
+    rank = np.argsort(np.argsort(-past, axis=1, kind="stable"), axis=1)  # NaN is ranked last
+    targets = shares((rank < size) & np.isfinite(past))
+    targets[~np.isfinite(past).any(axis=1)] = np.nan
+    return targets
 
 
 def optimiser(name: str):
@@ -317,19 +384,6 @@ def read_plan(path: str, panel: Panel) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return stamps[order], columns[order], weights[order]
 
 
-def oracle_regime(s: Setting) -> np.ndarray:
-    """told the regime: the lookback that is best in it, of LeadLag-v0's eight (synthetic:leadlag)"""
-    require_truth(s, "regime", "expected_return")
-    data = LeadLagData(s.panel, LeadLagConfig(costs=s.costs, fill=s.fill))
-    ranges = np.concatenate([split.ranges for split in s.splits.values()])
-    everything = Split("test", ranges[np.argsort(ranges[:, 0])])
-    frame = references.references(data, {"train": s.splits["train"], "test": everything})["oracle regime"]
-    decided = zip(data.market(everything).starts, everything.ranges[:, 1])
-    choice = np.zeros(s.panel.num_bars, np.int64)
-    choice[np.concatenate([np.arange(a, b - 1) for a, b in decided])] = frame["action"]
-    return followers(data, choice)
-
-
 def oracle_returns(s: Setting) -> np.ndarray:
     """told the next bar's expected return: its sign, in the most promising 30% of the symbols (synthetic:leadlag)"""
     require_truth(s, "regime", "expected_return")
@@ -355,6 +409,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+# Rules that choose a lookback at every bar; LeadLag-v0 has the same choice.
+CHOICES: dict[str, Choice] = {
+    **{f"lead-lag-{bars}": fixed_lookback(bars) for bars in LOOKBACKS},
+    "lead-lag-volatility": volatility_lookback,
+    "lead-lag-correlation": correlation_lookback,
+    "lead-lag-random": random_lookback,
+    "oracle-regime": oracle_lookback,
+}
 RULES: dict[str, Callable[[Setting], np.ndarray]] = {
     "buy-and-hold": buy_and_hold,
     "equal-weight": equal_weight,
@@ -362,15 +424,13 @@ RULES: dict[str, Callable[[Setting], np.ndarray]] = {
     "random": random,
     "momentum": momentum,
     "momentum-neutral": momentum_neutral,
+    "top-k": top_k,
     "mean-variance": optimised("mean-variance", "the largest Sharpe ratio, means shrunk (James & Stein 1961)"),
     "min-variance": optimised("min-variance", "the smallest variance"),
     "risk-parity": optimised("risk-parity", "equal contributions to variance"),
     "hrp": optimised("hrp", "hierarchical risk parity (Lopez de Prado 2016)"),
     "kelly-lite": kelly_lite,
-    **{f"lead-lag-{bars}": lookback(bars) for bars in LOOKBACKS},
-    "lead-lag-volatility": leadlag_volatility,
-    "lead-lag-correlation": leadlag_correlation,
-    "oracle-regime": oracle_regime,
+    **{name: following(choice) for name, choice in CHOICES.items()},
     "oracle-returns": oracle_returns,
     "closed-form": closed_form,
     "plan": plan,
@@ -386,5 +446,5 @@ def applicable(s: Setting) -> list[str]:
     if not {"expected_return", "volatility"} <= truth:
         leave |= {"closed-form"}
     if s.panel.num_symbols < LeadLagConfig().min_symbols:
-        leave |= {name for name in RULES if name.startswith(("lead-lag", "momentum"))}
+        leave |= {name for name in RULES if name.startswith(("lead-lag", "momentum", "top-k"))}
     return [name for name in RULES if name not in leave]

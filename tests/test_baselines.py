@@ -15,6 +15,7 @@ from envs import portfolio_references, references
 from envs.costs import DELISTED, RECORD, load_costs
 from envs.ledger import LEDGER
 from envs.panel import Panel
+from envs.portfolio_tables import PortfolioConfig
 from envs.synthetic import make_panel
 
 CONFIG = rules.RuleConfig(window=50, refit_every=20, momentum_window=30, kelly_t=0.5)
@@ -35,7 +36,12 @@ def orders(tmp_path_factory):
 
 
 def setting(panel, costs=DEAR, fill="auto", config=CONFIG, embargo=5, **changes):
-    return rules.Setting(panel, panel.split(embargo=embargo), costs, fill, 1, replace(config, **changes))
+    terms = PortfolioConfig(costs=costs, fill=fill)
+    return rules.Setting(panel, panel.split(embargo=embargo), terms, 1, replace(config, **changes))
+
+
+def backtest(name, s):
+    return baselines.backtest(name, s, baselines.order(name, s))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ def test_every_rule_runs_pays_and_adds_up(which, request):
     assert set(names) == set(rules.RULES) - {"plan", "oracle-regime", "oracle-returns", "closed-form"} | only_here
     ledgers = {}
     for name in names:
-        frames = baselines.backtest(name, s)
+        frames = backtest(name, s)
         assert list(frames) == ["train", "val", "test"]
         for split, frame in frames.items():
             assert tuple(frame.columns) == LEDGER and set(frame["split"]) == {split}
@@ -94,12 +100,12 @@ def test_no_order_and_no_money_depends_on_later_bars(fill, at, orders):
     if at == "a new month":
         t = next(row for row in s.monthly() if row > t - 10)
     names = rules.applicable(s)
-    before = {name: (rules.RULES[name](s), baselines.backtest(name, s)["test"]) for name in names}
+    before = {name: (rules.RULES[name](s), backtest(name, s)["test"]) for name in names}
     for seed in range(2):
         s = setting(tampered(panel, t, np.random.default_rng(seed)), fill=fill, plan=orders)
         for name, (targets, frame) in before.items():
             assert_same_bits(rules.RULES[name](s)[: t + 1], targets[: t + 1], f"{name}: orders up to bar t")
-            after = baselines.backtest(name, s)["test"]
+            after = backtest(name, s)["test"]
             seen = frame["timestamp"] <= panel.timestamps[t]
             assert 8 < seen.sum() < len(frame)
             money = list(RECORD)
@@ -143,17 +149,17 @@ def test_one_symbol_can_be_held_while_another_is_traded(small):
 
 def test_buy_and_hold_trades_once(small, ragged):
     for s in (small, ragged):
-        for split, frame in baselines.backtest("buy-and-hold", s).items():
+        for split, frame in backtest("buy-and-hold", s).items():
             closed = closes(s, decided(s, split))
             first = frame.groupby("market").cumcount() == 0
             assert (frame.loc[first, "turnover"] > 0.5).all()
             assert (frame.loc[~first & ~closed, TRADING] == 0.0).all().all()
     gone = closes(ragged, decided(ragged, "train"))
     assert gone.any()  # a delisted holding is closed without an order
-    frame = baselines.backtest("buy-and-hold", ragged)["train"]
+    frame = backtest("buy-and-hold", ragged)["train"]
     assert (frame.loc[gone, "turnover"] > 0).all() and (frame.loc[gone, "commission"] > 0).all()
     s, panel = setting(small.panel, "zero"), small.panel
-    frame = baselines.backtest("buy-and-hold", s)["val"]
+    frame = backtest("buy-and-hold", s)["val"]
     a, b = s.starts["val"][0], s.splits["val"].ranges[0, 1]
     np.testing.assert_allclose(frame["equity"], (panel.close[a + 1 : b] / panel.open[a + 1]).mean(axis=1), rtol=1e-10)
 
@@ -313,7 +319,7 @@ def test_a_failed_fit_holds_and_is_counted(small, monkeypatch):
     assert (frame["gross_exposure"] > 0.9).equals(entered.rename("gross_exposure")) and entered.mean() > 0.9
     monkeypatch.setattr(rules, "fitted", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match="hrp on 'synthetic.*: no finite order in the test split.*ZeroDivisionError"):
-        baselines.backtest("hrp", s)
+        backtest("hrp", s)
 
 
 def test_leadlag_rules_hold_what_the_market_holds(small):
@@ -348,7 +354,7 @@ def test_oracles_are_those_of_the_references(small):
     data = rules.LeadLagData(s.panel, rules.LeadLagConfig())
     expected = references.references(data, s.splits)
     for name in ("oracle-regime", "oracle-returns"):
-        ours, theirs = baselines.backtest(name, s)["test"], expected[name.replace("-", " ")]
+        ours, theirs = backtest(name, s)["test"], expected[name.replace("-", " ")]
         for m, (a, b) in enumerate(zip(s.starts["test"], split.ranges[:, 1])):
             nets = [f[f["market"] == m]["net_return"].to_numpy()[-(b - 1 - a) + 1 :] for f in (ours, theirs)]
             np.testing.assert_allclose(*nets, rtol=0, atol=1e-12, err_msg=name)
@@ -363,11 +369,11 @@ def test_closed_form_is_that_of_the_references_under_its_own_costs(market):
     assert ("momentum" in rules.applicable(s)) == (market == "garleanu-pedersen")  # Merton's market has one symbol
     aversion = 40.0 if market == "garleanu-pedersen" else 1.0
     expected = portfolio_references.references(s.data, s.splits["test"], aversion)["closed form"]
-    found = baselines.backtest("closed-form", s)["test"]
+    found = backtest("closed-form", s)["test"]
     assert found.drop(columns="action").equals(expected.drop(columns="action"))
     given = baselines.parse(["--market", f"synthetic:{market}", "--costs", "retail", "--penalty-variance", "1"])
-    assert (given.costs, given.rules.penalty_variance) == ("retail", 1.0)
-    assert baselines.parse([]).costs == "institutional"
+    assert (given.portfolio.costs, given.rules.penalty_variance) == ("retail", 1.0)
+    assert baselines.parse([]).portfolio.costs == "institutional"
 
 
 def write_plan(path, *rows, header="timestamp,symbol,weight"):
@@ -485,7 +491,7 @@ def test_a_panel_that_is_too_short_is_said_so(tmp_path):
     with pytest.raises(
         ValueError, match="momentum on 'synthetic:noise.*: no finite order in the test split; expected more bars"
     ):
-        baselines.backtest("momentum", s)
+        backtest("momentum", s)
 
 
 def test_walk_forward_runs_one_fold():

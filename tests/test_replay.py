@@ -175,7 +175,8 @@ def test_orders_that_know_tomorrow_are_worth_nothing_a_day_later(tmp_path):
         tmp_path / "plan.csv", index=False
     )
     rules = replace(RULES, plan=str(tmp_path / "plan.csv"))
-    run = baseline(tmp_path, "plan", market=market, rules=rules, fill="same_close", train_fraction=0.2, val_fraction=0.2)
+    terms = PortfolioConfig(fill="same_close")
+    run = baseline(tmp_path, "plan", market=market, rules=rules, portfolio=terms, train_fraction=0.2, val_fraction=0.2)
     found = replay.stress({"plan": [run]}, 50, 0)
     (late,) = found["late"].values()
     assert found["sensitivity"]["plan"][1]["low"] > 10.0
