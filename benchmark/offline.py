@@ -93,7 +93,8 @@ def table(
     """One of `tables`: the offline rows `learned`, those of `rows` that belong beside them; `lost`: failed offline runs."""
     data = [run for runs in learned.values() for run in runs]
     behaviours = sorted({name for run in data for name in run.behaviours})
-    online = [name for name, runs in rows.items() if runs[0].exp_name == ONLINE[env_id]]
+    ppo = ONLINE.get(env_id, "online PPO")
+    online = [name for name, runs in rows.items() if runs[0].exp_name == ppo]
     rules = {name: runs[0].exp_name.removeprefix("baseline-") for name, runs in rows.items() if _is_rule(runs[0])}
     rules = {name: rule for name, rule in rules.items() if rule in behaviours}
     last, missing = last_models(learned)
@@ -122,7 +123,7 @@ def table(
         f"steps of {', '.join(behaviours)}. Their mean is that of the rewards, a year: on training bars, exploration included.",
     ]
     if beside is None:
-        notes.append(f"No {ONLINE[env_id]} was run on the same terms, so there is no share of its score.")
+        notes.append(f"No {ppo} was run on the same terms, so there is no share of its score.")
     else:
         notes.append(
             f"Shares: of the score of {beside} with the same seed; none where that is not above zero, no interval where it is "
@@ -167,10 +168,11 @@ def last_models(learned: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], li
     for name, runs in learned.items():
         for run in runs:
             try:
-                found.setdefault(_last(name), []).append(replace(run, ledger=last_ledger(run)))
+                last = replace(run, ledger=last_ledger(run))
+                found.setdefault(_last(name), []).append(last)
             except (ValueError, OSError, KeyError, TypeError) as error:
                 missing.append(f"{label(name)}, seed {run.seed}, has no last model: {' '.join(str(error).split())}.")
-    return {name: runs for name, runs in found.items() if runs}, missing
+    return found, missing
 
 
 def last_ledger(run: Run) -> pd.DataFrame:

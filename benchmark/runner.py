@@ -2,7 +2,8 @@
 
 A full run: 5 seeds of every script of algos/, with the steps that it defaults to, on its own markets (MARKETS) and on the
 protocol's (PROTOCOL); the baselines on all of these; --folds walks forward on real prices. --quick: 2 seeds, half a
-million steps, the first two markets of each script, no protocol, and no fitted rules on drawn markets: a dozen scripts
+million steps, the first two markets of each script (the first of one that learns from a dataset), no protocol, and no fitted
+rules on drawn markets: a dozen scripts
 take less than half an hour on two cores. It shows that everything runs; scores after so few steps say little.
 
 Scripts that learn from a dataset (OFFLINE) get one collected for them first, on the same terms, by collect.py: once for all
@@ -111,7 +112,7 @@ class Args:
     fill: str = "auto"
     """fill rule of every run"""
     total_timesteps: int = 0
-    """steps of each run (0: the script's default; with --quick half a million)"""
+    """steps of each run, and of the PPO that data are collected with (0: the script's default; with --quick half a million)"""
     gradient_steps: int | None = None
     """gradient steps of scripts that learn from a dataset (the script's default; with --quick 2,000)"""
     workers: int = 0
@@ -215,10 +216,10 @@ def data_folder(collection: Job, runs_dir: Path) -> Path:
 def markets_of(script: str, args: Args) -> list[str]:
     """Markets of a script, each once."""
     if script.startswith(OFFLINE):
-        own = OFFLINE_MARKETS[: 1 if args.quick else None]
+        own, quick = OFFLINE_MARKETS, 1
     else:
-        own = MARKETS.get(script.rpartition("_")[2], (REAL,))[: 2 if args.quick else None]
-    own = args.markets or own
+        own, quick = MARKETS.get(script.rpartition("_")[2], (REAL,)), 2
+    own = args.markets or own[: quick if args.quick else None]
     return list(dict.fromkeys([*own, *(PROTOCOL[name] for name in args.protocol)]))
 
 
