@@ -117,6 +117,7 @@ def table(
     out += mean_rewards(data, score)
     notes = [
         "Best: the model chosen on validation bars; last: the model at the end of training. Online PPO shows its best.",
+        "Behaviours are the rules as baselines: without the exploration of the data, and not bound by the agents' constraints.",
         f"Medians over seeds. Intervals: 95%; {medians.how}, then seeds; {resamples} draws.",
         f"The score is the {score}, for a relative risk aversion of {risk_aversion:g}: {SCORED[score][2]}.",
         f"Data: {_spread(run.offline['episodes'] for run in data)} episodes, {_spread(run.offline['steps'] for run in data)} "

@@ -23,20 +23,9 @@ COLLECTED = "collect.json"  # the runner's record of a dataset, in the folder ar
 BARS = ["market", "timestamp"]
 # Arguments that make no other configuration: those of the machine, and those that the comparison group holds resolved.
 INCIDENTAL = {
-    *(
-        "seed",
-        "exp_name",
-        "dataset",
-        "runs_dir",
-        "resume",
-        "num_threads",
-        "cuda",
-        "torch_deterministic",
-        "checkpoint_every",
-        "only",
-    ),
+    *("seed", "exp_name", "runs_dir", "resume", "num_threads", "cuda", "torch_deterministic", "checkpoint_every", "only"),
     *("track", "wandb_project_name", "wandb_entity", "market", "symbols", "start", "end", "resample", "train_fraction"),
-    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes"),
+    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes", "dataset"),
 }
 
 
@@ -251,11 +240,8 @@ def join_folds(runs: list[Run]) -> list[Run]:
     families: dict[str, list[Run]] = {}
     for run in runs:
         if run.reason is None and run.content["args"].get("folds"):
-            apart = {
-                k: v
-                for k, v in run.content["args"].items()
-                if k not in ("fold", "dataset", "runs_dir", "resume", "num_threads")
-            }
+            own = ("fold", "dataset", "runs_dir", "resume", "num_threads")
+            apart = {k: v for k, v in run.content["args"].items() if k not in own}
             same = [apart, run.panel, run.content["market"], run.content.get("script_sha256")]
             families.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     joined = []

@@ -3,8 +3,8 @@
 A full run: 5 seeds of every script of algos/, with the steps that it defaults to, on its own markets (MARKETS) and on the
 protocol's (PROTOCOL); the baselines on all of these; --folds walks forward on real prices. --quick: 2 seeds, half a
 million steps, the first two markets of each script (the first of one that learns from a dataset), no protocol, and no fitted
-rules on drawn markets: a dozen scripts
-take less than half an hour on two cores. It shows that everything runs; scores after so few steps say little.
+rules on drawn markets: a dozen scripts take less than half an hour on two cores. It shows that everything runs; scores after
+so few steps say little.
 
 Scripts that learn from a dataset (OFFLINE) get one collected for them first, on the same terms, by collect.py: once for all
 that need it, into `<runs_dir>/datasets/<what was collected>/data`.
@@ -60,7 +60,7 @@ REGIMES = {
     "synthetic:merton": "long_short",
 }
 # The script that the collector trains, and what its data depend on besides in benchmark/
-ONLINE = {"lookback": "ppo_leadlag", "long_only": "ppo_portfolio", "long_short": "ppo_portfolio"}
+TRAINED = {"lookback": "ppo_leadlag", "long_only": "ppo_portfolio", "long_short": "ppo_portfolio"}
 COLLECTORS_CODE = ("baselines.py", "behaviours.py", "replay.py", "rules.py")
 # What every script meets besides: controls in which nothing can be found, and histories and symbols of other draws.
 PROTOCOL = {
@@ -288,7 +288,7 @@ def code_hash(job: Job, cwd: str) -> str:
     if job.script == BASELINES:
         used = [ROOT / "benchmark" / name for name in ("rules.py", "replay.py")]
     elif job.script == COLLECTOR:
-        online = ONLINE[job.flags[job.flags.index("--regime") + 1]]
+        online = TRAINED[job.flags[job.flags.index("--regime") + 1]]
         used = [ROOT / "algos" / f"{online}.py", *(ROOT / "benchmark" / name for name in COLLECTORS_CODE)]
     market = Path(cwd, job.market)
     data = [market] if market.is_file() else sorted(path for path in market.rglob("*") if path.is_file())
