@@ -115,6 +115,29 @@ def test_utility_is_that_of_the_bars_of_every_draw(tmp_path):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
+def test_intervals_know_of_the_seeds(tmp_path):
+    """Seeds that each earn the same in every bar differ from each other alone."""
+    for seed, mean in enumerate((0.0, 2e-3, 4e-3, 6e-3, 8e-3), 1):
+        frame = make_ledger(7)
+        frame["net_return"] += mean
+        frame["equity"] = frame.groupby(["split", "market"])["net_return"].transform(lambda r: (1 + r).cumprod())
+        offline_run(tmp_path, seed=seed, best=frame, last=make_ledger(7))
+    row = row_of(table_of(tmp_path, resamples=400), "IQL")
+    both, time = (cell["high"] - cell["low"] for cell in (row["growth"], row["growth_last"]))
+    medians = np.median(np.random.default_rng(0).choice([0.0, 2e-3, 4e-3, 6e-3, 8e-3], (100_000, 5)), axis=1)
+    assert both == pytest.approx(np.hypot(time, 3.92 * medians.std() * PER_YEAR), rel=0.25) and both > 1.5 * time
+
+
+def test_the_share_is_of_the_configuration_with_most_seeds(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path, "ppo_portfolio", seed, make_ledger(seed, 0.008), args={"gamma": 0.9})
+        offline_run(tmp_path, seed=seed, best=make_ledger(seed, 0.008))
+    make_run(tmp_path, "ppo_portfolio", 1, make_ledger(5, 0.003), args={"gamma": 0.5})
+    table = table_of(tmp_path)
+    assert row_of(table, "IQL")["share"] == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0})
+    assert "ppo_portfolio [gamma=0.9]" in note_of(table, "Shares") and "share" in row_of(table, "ppo_portfolio [gamma=0.5]")
+
+
 def test_one_who_never_trades_has_no_utility_and_no_warning(tmp_path, recwarn):
     still = make_ledger(1).assign(gross_return=0.0, net_return=0.0, commission=0.0, turnover=0.0, equity=1.0)
     offline_run(tmp_path, best=still, last=still)

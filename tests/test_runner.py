@@ -877,11 +877,12 @@ def test_a_dry_run_names_the_collector_once_and_no_market_flag_of_offline_script
 def test_data_are_collected_once_for_all_that_wait_for_them(tree):
     """And the policies that collected them are no rows of the scoreboard, also where it looks through all folders."""
     tree.learns_offline(*LEARNERS)
-    tree.modes({"collect synthetic:noise 1": ["slow"]})
+    tree.modes({"collect synthetic:noise 1": ["slow"], "cql_portfolio synthetic:noise 2": ["late", "fine"]})
     assert tree.run(scripts=LEARNERS, workers=4) == 0
     assert tree.starts(1, "collect") == tree.starts(2, "collect") == ["start"]
     names = {"bc_portfolio", "bc_portfolio_top10", "cql_portfolio", "iql_portfolio"}
-    assert all(tree.starts(seed, name) == ["start"] for seed in (1, 2) for name in names)
+    assert all(tree.starts(1, name) == ["start"] for name in names)
+    assert tree.starts(2, "cql_portfolio") == ["start", "resume 4"], "one that learns from a dataset goes on like any other"
     board = json.loads((tree.root / "out" / "scoreboard.json").read_text())
     (group,) = board["groups"]
     assert {row["name"]: row["seeds"] for row in group["rows"]} == dict.fromkeys(names, 2) and not board["unplaced"]
