@@ -205,13 +205,9 @@ def mean_rewards(data: list[Run], score: str) -> list[dict]:
 
 
 def gradient_steps_per_second(runs: list[Run]) -> int | None:
-    """Median over runs; None where run.json does not say how long training took."""
-    speeds = []
-    for run in runs:
-        parts = [part.content for part in run.folds or (run,)]
-        seconds = sum(part.get("train_seconds") or 0.0 for part in parts)
-        if seconds > 0:
-            speeds.append(sum(part["offline"]["gradient_steps"] for part in parts) / seconds)
+    """Median over runs and folds; None where run.json does not say it."""
+    speeds = [part.content.get("sps") for run in runs for part in run.folds or (run,)]
+    speeds = [speed for speed in speeds if isinstance(speed, (int, float))]
     return round(float(np.median(speeds))) if speeds else None
 
 

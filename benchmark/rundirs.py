@@ -169,13 +169,13 @@ def _missing_data(content: dict) -> str | None:
     try:
         data = content["offline"]
         text = [content["env_id"], data["dataset"], data["sha256"], *Run(Path(), content).behaviours]
-        numbers = [content["risk_aversion"], *(data[key] for key in ("steps", "episodes", "mean_reward", "gradient_steps"))]
+        numbers = [content["risk_aversion"], *(data[key] for key in ("steps", "episodes", "mean_reward"))]
     except (KeyError, TypeError, AttributeError) as error:
         return f"run.json does not describe its data: {type(error).__name__} {error}"
     if not all(isinstance(value, str) for value in text) or not all(isinstance(value, (int, float)) for value in numbers):
         return (
             "run.json does not describe its data: expected text in env_id, offline.dataset and offline.sha256, numbers in "
-            "risk_aversion, offline.steps, episodes, mean_reward and gradient_steps"
+            "risk_aversion, offline.steps, offline.episodes and offline.mean_reward"
         )
     return None
 

@@ -28,7 +28,7 @@ def offline_run(root: Path, name="iql_portfolio", seed=1, best=None, last=None, 
         "mean_reward": 0.01 * seed, "best_step": 500, "gradient_steps": 2000,
     } | (data or {})  # fmt: skip
     args = {"dataset": said["dataset"]} | options.pop("args", {})
-    content = {"offline": said, "risk_aversion": risk_aversion, "train_seconds": 4.0 * seed} | options
+    content = {"offline": said, "risk_aversion": risk_aversion, "sps": 500.0 / seed} | options
     path = make_run(root, name, seed, best, args=args, **content)
     ledger.write_ledger(path / "ledger_last.parquet", test_part(last).assign(split="test"))
     return path
@@ -76,7 +76,7 @@ def test_numbers_are_medians_of_the_ledgers(tmp_path):
         online = row_of(table, "ppo_portfolio")
         expected = np.median([score(test_part(make_ledger(seed + 100, 0.003))) for seed in frames])
         assert online[key]["value"] == pytest.approx(expected) and f"{key}_last" not in online
-    assert row["seeds"] == 3 and row["speed"] == 250  # 2000 steps in 4, 8 and 12 seconds
+    assert row["seeds"] == 3 and row["speed"] == 250  # of 500, 250 and 167
     mean = row_of(table, "mean of the data")
     assert mean["utility"]["value"] == pytest.approx(0.02) and mean["seeds"] == 3 and "growth" not in mean
     assert np.isnan(mean["utility"]["low"])
@@ -234,6 +234,7 @@ def test_a_last_model_that_is_missing_or_broken_is_said(tmp_path):
     paths = {seed: offline_run(tmp_path, "cql_portfolio", seed) for seed in (1, 2)}
     other = offline_run(tmp_path, "bc_portfolio")
     (other / "ledger_last.parquet").unlink()
+    change(other, lambda run: run.pop("sps"))
     frame = pd.read_parquet(paths[2] / "ledger_last.parquet")
     for broken, reason in (
         (frame.iloc[:-7], "ledger_last.parquet is truncated"),
@@ -248,7 +249,8 @@ def test_a_last_model_that_is_missing_or_broken_is_said(tmp_path):
         )
         row = row_of(table, "CQL")
         assert row["sharpe_last"]["value"] == pytest.approx(sharpe(test_part(make_ledger(11)))) and row["seeds"] == 2
-        assert "utility_last" not in row_of(table, "BC") and "utility" in row_of(table, "BC")
+        bc = row_of(table, "BC")
+        assert "utility_last" not in bc and "utility" in bc and bc["speed"] is None
 
 
 def test_a_last_model_on_other_bars_is_no_last_model(tmp_path):
@@ -365,8 +367,8 @@ def test_folds_of_offline_runs_are_one_row(tmp_path):
         for frame in frames[fold]:
             frame["timestamp"] += pd.Timedelta(days=200 * fold)
         path = offline_run(
-            tmp_path / "runs", "bc_portfolio", 1, *frames[fold], train_seconds=2.0,
-            data={"dataset": dataset, "steps": (1000, 3000)[fold], "mean_reward": (0.1, 0.5)[fold], "gradient_steps": 100},
+            tmp_path / "runs", "bc_portfolio", 1, *frames[fold], sps=(40.0, 60.0)[fold],
+            data={"dataset": dataset, "steps": (1000, 3000)[fold], "mean_reward": (0.1, 0.5)[fold]},
         )  # fmt: skip
         start = frames[fold][0]["timestamp"].min().isoformat()
         change(path, lambda run, start=start: run["panel"]["splits"]["test"].update(start=start))
