@@ -346,7 +346,8 @@ def collect(job: Job, runs_dir: Path, limits: Limits, stopping: Callable[[], boo
     out = data_folder(job, runs_dir)
     folder = out.parent
     folder.mkdir(parents=True, exist_ok=True)
-    with waiting(folder / "lock", stopping):
+    with (folder / "lock").open("a") as lock:  # for writing: a shared disk may refuse to lock what is only read
+        fcntl.flock(lock, fcntl.LOCK_EX)  # its holder is of this runner, and ends when `stopping()` holds
         stop_leftover(folder)
         record, code = read_json(folder / rundirs.COLLECTED), code_hash(job, limits.cwd)
         if record.get("code") == code and record.get("status") == "failed":
@@ -373,21 +374,6 @@ def data_complaint(folder: Path) -> str | None:
     if not path.is_file() or not meta:
         return f"left no {DATASET} with {META}"
     return None if meta.get("sha256") == sha256_of(path) else f"{DATASET} is not the one that {META} tells of"
-
-
-@contextlib.contextmanager
-def waiting(path: Path, stopping: Callable[[], bool]) -> Iterator[None]:
-    """Hold a file's lock alone, also among machines that share the disk; raises Interrupted once `stopping()` holds."""
-    with path.open("a") as file:  # open for writing: a shared disk may refuse to lock what is only read
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stopping():
-                    raise Interrupted from None
-                time.sleep(0.1)
-        yield
 
 
 def attempt(job: Job, folder: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
