@@ -13,17 +13,19 @@ import numpy as np
 import pandas as pd
 
 from envs.costs import RECORD, RUIN, Costs
+from envs.dataset import META
 from envs.ledger import growth
 from envs.synthetic import drawn_from_seed
 
 LOG_LINES, LOG_CHARACTERS = 25, 4000
 LEAVINGS = ("ledger.parquet", "model.pt", "events.out.tfevents.*")
+COLLECTED = "collect.json"  # the runner's record of a dataset, in the folder around it
 BARS = ["market", "timestamp"]
 # Arguments that make no other configuration: those of the machine, and those that the comparison group holds resolved.
 INCIDENTAL = {
     *("seed", "exp_name", "runs_dir", "resume", "num_threads", "cuda", "torch_deterministic", "checkpoint_every", "only"),
     *("track", "wandb_project_name", "wandb_entity", "market", "symbols", "start", "end", "resample", "train_fraction"),
-    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes"),
+    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes", "dataset"),
 }
 
 
@@ -58,8 +60,23 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        """Arguments that make a configuration: {"portfolio.scale": 0.5, ...}."""
-        return {k: v for k, v in _flat(self.content["args"]).items() if k.rpartition(".")[2] not in INCIDENTAL}
+        """Arguments that make a configuration: {"portfolio.scale": 0.5, ...}; of an offline run also what its data are of."""
+        data = {}
+        if self.offline:
+            data = {"env_id": self.content["env_id"], "risk_aversion": self.content["risk_aversion"]}
+            data["behaviours"] = ", ".join(self.behaviours)
+        return {k: v for k, v in _flat(self.content["args"]).items() if k.rpartition(".")[2] not in INCIDENTAL} | data
+
+    @property
+    def offline(self) -> dict | None:
+        """What run.json says of the dataset that was learned from; None of an online run."""
+        return self.content.get("offline")
+
+    @property
+    def behaviours(self) -> list[str]:
+        """Names of the policies that acted in an offline run's data, each once, a rule's without "baseline-"."""
+        told = (b["policy"] if isinstance(b, dict) else b for b in self.offline["behaviours"])
+        return sorted({name.removeprefix("baseline-") for name in told})
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -80,6 +97,9 @@ def find(roots: list[Path]) -> list[Run]:
         # a runner's job that left no run directory
         started = {path.parent for path in root.rglob("job.json")}
         found |= {job for job in started if not any(job in (path, *path.parents) for path in found)}
+        # the policies that a dataset was collected with: a benchmark has runs of its own of the same scripts
+        collected = {path.parent for path in root.rglob(COLLECTED)}
+        found = {path for path in found if collected.isdisjoint(path.parents)}
         for path in sorted(found):
             folders.setdefault(path.resolve(), read(path))
     return list(folders.values())
@@ -99,6 +119,8 @@ def read(path: Path) -> Run:
         run.reason = "run.json is no object"
         return run
     run.content, missing = content, _missing(content)
+    if not missing and "panel" in content and run.offline:
+        content["args"] = _market_flags(Path(run.offline["dataset"])) | content["args"]
     status = run.content.get("status")
     if status != "finished":
         run.reason = str(run.content.get("failure") or ("never finished" if status == "running" else f"status {status!r}"))
@@ -107,6 +129,21 @@ def read(path: Path) -> Run:
     if missing:
         run.content.pop("panel", None)  # not enough to place it
     return run
+
+
+def _market_flags(dataset: Path) -> dict:
+    """Arguments that chose the market of a dataset, from the meta beside it: an offline script has none of its own.
+
+    {} where the dataset is gone; what needs them then says what it lacks.
+    """
+    try:
+        task = json.loads(dataset.with_name(META).read_text())["task"]
+        config = "leadlag" if task["env_id"] == "LeadLag-v0" else "portfolio"
+        options = {key: value for key, value in task["options"].items() if key == "actions"}
+        flags = {key: value for key, value in task.items() if key not in ("env_id", "seed", "config", "options")}
+        return {**flags, config: task["config"], **options}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _missing(content: dict) -> str | None:
@@ -120,11 +157,27 @@ def _missing(content: dict) -> str | None:
         Costs(**content["market"]["costs"])
         text = [content["market"]["fill"], content["panel"]["name"], content["panel"]["sha256"]]
         whole = {**content["panel"]["splits"]}["test"]["end"] and float(content["panel"]["bars_per_year"]) > 0
-        if whole and all(isinstance(value, str) for value in text):
-            return None
+        if not whole or not all(isinstance(value, str) for value in text):
+            return "run.json does not describe its market: expected text in panel.name, panel.sha256 and market.fill"
     except (KeyError, TypeError, ValueError) as error:
         return f"run.json does not describe its market: {type(error).__name__} {error}"
-    return "run.json does not describe its market: expected text in panel.name, panel.sha256 and market.fill"
+    return _missing_data(content) if content.get("offline") is not None else None
+
+
+def _missing_data(content: dict) -> str | None:
+    """What the run.json of an offline run lacks to be told apart and compared by its data."""
+    try:
+        data = content["offline"]
+        text = [content["env_id"], data["dataset"], data["sha256"], *Run(Path(), content).behaviours]
+        numbers = [content["risk_aversion"], *(data[key] for key in ("steps", "episodes", "mean_reward"))]
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"run.json does not describe its data: {type(error).__name__} {error}"
+    if not all(isinstance(value, str) for value in text) or not all(isinstance(value, (int, float)) for value in numbers):
+        return (
+            "run.json does not describe its data: expected text in env_id, offline.dataset and offline.sha256, numbers in "
+            "risk_aversion, offline.steps, offline.episodes and offline.mean_reward"
+        )
+    return None
 
 
 def _last_lines(log: Path) -> str:
@@ -140,40 +193,41 @@ def _last_lines(log: Path) -> str:
 def load(run: Run):
     """Read and check the ledger of a finished run; sets `ledger`, or `reason`."""
     try:
-        run.ledger = _checked(run)
+        run.ledger = checked(run, "ledger.parquet")
     except (OSError, ValueError, KeyError, TypeError) as error:
         run.reason = " ".join(str(error).split()) or type(error).__name__
 
 
-def _checked(run: Run) -> pd.DataFrame:
-    path = run.path / "ledger.parquet"
+def checked(run: Run, file: str) -> pd.DataFrame:
+    """The test split of a ledger in a run's directory, by market and time. Raises ValueError where it is not sound."""
+    path = run.path / file
     if not path.is_file():
-        raise ValueError("it has no ledger.parquet")
+        raise ValueError(f"it has no {file}")
     try:
         frame = pd.read_parquet(path, columns=["split", *BARS, *RECORD])
     except Exception as error:  # whatever a broken file makes the reader raise
-        raise ValueError(f"ledger.parquet cannot be read: {error}") from None
+        raise ValueError(f"{file} cannot be read: {error}") from None
     for name in RECORD:
         bad = np.flatnonzero(~np.isfinite(frame[name].to_numpy(np.float64)))
         if len(bad):
-            raise ValueError(f"ledger.parquet: {name} is not finite in row {bad[0]}, and in {len(bad)} rows in all")
+            raise ValueError(f"{file}: {name} is not finite in row {bad[0]}, and in {len(bad)} rows in all")
     frame = frame[frame["split"] == "test"].drop(columns="split").sort_values("market", kind="stable", ignore_index=True)
     if frame.empty:
-        raise ValueError("ledger.parquet holds no bar of the test split")
+        raise ValueError(f"{file} holds no bar of the test split")
     bars = _flat(run.content.get("scores") or {}).get("test.agent.bars")
     if bars is not None and bars != len(frame):
-        raise ValueError(f"ledger.parquet is truncated: {len(frame)} bars of the test split, run.json says {bars}")
+        raise ValueError(f"{file} is truncated: {len(frame)} bars of the test split, run.json says {bars}")
     end = pd.Timestamp(run.content["panel"]["splits"]["test"]["end"])
     if frame["timestamp"].max() != end.tz_localize(frame["timestamp"].dt.tz):
-        raise ValueError(f"ledger.parquet is truncated: it ends {frame['timestamp'].max()}, the test split {end}")
+        raise ValueError(f"{file} is truncated: it ends {frame['timestamp'].max()}, the test split {end}")
     for market, part in frame.groupby("market"):
         times, equity = part["timestamp"], part["equity"].to_numpy()
         if not times.is_monotonic_increasing or times.duplicated().any():
-            raise ValueError(f"ledger.parquet: timestamps of market {market} do not increase")
+            raise ValueError(f"{file}: timestamps of market {market} do not increase")
         alive = np.cumprod(np.concatenate([[True], equity[:-1] > RUIN])).astype(bool)
         made = np.cumprod(1.0 + part["net_return"].to_numpy())
         if not np.allclose(equity[alive], made[alive], rtol=1e-6, atol=1e-9):
-            raise ValueError(f"ledger.parquet: equity of market {market} does not follow from its net returns")
+            raise ValueError(f"{file}: equity of market {market} does not follow from its net returns")
     return frame
 
 
@@ -186,7 +240,8 @@ def join_folds(runs: list[Run]) -> list[Run]:
     families: dict[str, list[Run]] = {}
     for run in runs:
         if run.reason is None and run.content["args"].get("folds"):
-            apart = {k: v for k, v in run.content["args"].items() if k not in ("fold", "runs_dir", "resume", "num_threads")}
+            own = ("fold", "dataset", "runs_dir", "resume", "num_threads")
+            apart = {k: v for k, v in run.content["args"].items() if k not in own}
             same = [apart, run.panel, run.content["market"], run.content.get("script_sha256")]
             families.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     joined = []

@@ -2,8 +2,12 @@
 
 A full run: 5 seeds of every script of algos/, with the steps that it defaults to, on its own markets (MARKETS) and on the
 protocol's (PROTOCOL); the baselines on all of these; --folds walks forward on real prices. --quick: 2 seeds, half a
-million steps, the first two markets of each script, no protocol, and no fitted rules on drawn markets: a dozen scripts
-take less than half an hour on two cores. It shows that everything runs; scores after so few steps say little.
+million steps, the first two markets of each script (the first of one that learns from a dataset), no protocol, and no fitted
+rules on drawn markets: a dozen scripts take less than half an hour on two cores. It shows that everything runs; scores after
+so few steps say little.
+
+Scripts that learn from a dataset (OFFLINE) get one collected for them first, on the same terms, by collect.py: once for all
+that need it, into `<runs_dir>/datasets/<what was collected>/data`.
 
 Each run is a process with a folder of its own, `<runs_dir>/<job>/`, named after what it runs: started again, the runner skips
 what has finished under the same code, resumes what has left a checkpoint, and repeats the rest. What fails after its retries
@@ -31,10 +35,16 @@ import rundirs
 import tyro
 
 from envs import ledger
+from envs.dataset import META, sha256_of
 from envs.synthetic import drawn_from_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINES = "baselines"
+COLLECTOR = "collect"
+# Beginnings of the names of scripts that learn from a dataset alone: it is collected before they start, and brings the market,
+# its costs, fill and splits along, so that none of those flags is theirs.
+OFFLINE = ("bc_", "cql_", "iql_")
+DATASETS, DATASET = "datasets", "dataset.hdf5"
 # Markets of a script, by the last part of its name; any other script runs on the real one alone. --quick: the first two.
 REAL = "sp500"
 MARKETS = {
@@ -42,6 +52,16 @@ MARKETS = {
     "portfolio": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton"),
     "diffmarket": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton"),
 }
+OFFLINE_MARKETS = ("synthetic:garleanu-pedersen", "synthetic:leadlag", REAL)  # --quick: the first
+# What is collected on a market, by the beginning of its name; any other is long only, as the online script trades it there.
+REGIMES = {
+    "synthetic:leadlag": "lookback",
+    "synthetic:garleanu-pedersen": "long_short",
+    "synthetic:merton": "long_short",
+}
+# The script that the collector trains, and what its data depend on besides in benchmark/
+TRAINED = {"lookback": "ppo_leadlag", "long_only": "ppo_portfolio", "long_short": "ppo_portfolio"}
+COLLECTORS_CODE = ("baselines.py", "behaviours.py", "replay.py", "rules.py")
 # What every script meets besides: controls in which nothing can be found, and histories and symbols of other draws.
 PROTOCOL = {
     "noise": "synthetic:noise",
@@ -52,7 +72,7 @@ PROTOCOL = {
 SEEDS, QUICK_SEEDS = (1, 2, 3, 4, 5), (1, 2)
 # On one core half a million steps of PPO take 15 s, most of it start-up. A dozen scripts are 48 runs, two at a time: half an
 # hour leaves each a minute.
-QUICK_STEPS = 500_000
+QUICK_STEPS, QUICK_GRADIENT_STEPS = 500_000, 2_000
 TIMEOUT, QUICK_TIMEOUT = 7200.0, 300.0  # seconds
 # Of the baselines on a drawn market, those that --quick has time for: nothing is fitted to each of its many histories.
 QUICK_RULES = ("buy-and-hold", "equal-weight", "equal-weight-monthly", "random", "kelly-lite")
@@ -92,7 +112,9 @@ class Args:
     fill: str = "auto"
     """fill rule of every run"""
     total_timesteps: int = 0
-    """steps of each run (0: the script's default; with --quick half a million)"""
+    """steps of each run, and of the PPO that data are collected with (0: the script's default; with --quick half a million)"""
+    gradient_steps: int | None = None
+    """gradient steps of scripts that learn from a dataset (the script's default; with --quick 2,000)"""
     workers: int = 0
     """runs at once (0: one for every two cores; with --quick one for every core)"""
     ray_address: str | None = None
@@ -117,6 +139,8 @@ class Args:
         for flag in ("folds", "total_timesteps", "workers", "retries"):
             if getattr(self, flag) < 0:
                 sys.exit(f"--{flag.replace('_', '-')} {getattr(self, flag)}: expected 0 or more")
+        if self.gradient_steps is not None and self.gradient_steps < 1:
+            sys.exit(f"--gradient-steps {self.gradient_steps}: expected at least 1")
         if any(seed < 0 for seed in self.seeds):
             sys.exit(f"--seeds {' '.join(map(str, self.seeds))}: expected 0 or more each")
         if not 0 <= self.timeout < float("inf"):
@@ -124,6 +148,7 @@ class Args:
         self.scripts = self.scripts or available
         self.seeds = self.seeds or (QUICK_SEEDS if self.quick else SEEDS)
         self.total_timesteps = self.total_timesteps or (QUICK_STEPS if self.quick else 0)
+        self.gradient_steps = self.gradient_steps or (QUICK_GRADIENT_STEPS if self.quick else None)
         self.timeout = self.timeout or (QUICK_TIMEOUT if self.quick else TIMEOUT)
         if self.protocol is None:
             self.protocol = () if self.quick or self.markets else tuple(PROTOCOL)
@@ -132,27 +157,36 @@ class Args:
 
 @dataclass(frozen=True)
 class Job:
-    """One process: a script with its flags on a market, or all baselines with a seed of theirs."""
+    """One process: a script with its flags on a market, all baselines with a seed of theirs, or the collector of a dataset."""
 
     script: str
     market: str
     seed: int
     flags: tuple[str, ...] = ()
+    data: "Job | None" = None  # what collects the dataset that it learns from
 
     @property
     def folder(self) -> str:
         """Its name: what it runs on what, readable, and a hash of all of it."""
-        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+        content = {key: value for key, value in asdict(self).items() if value is not None}
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
         market = "".join(c if c.isalnum() else "-" for c in Path(self.market).name)[:40]
         return f"{self.script}__{market}__{self.seed}__{digest}"
 
     @property
     def path(self) -> Path:
-        return ROOT / ("benchmark" if self.script == BASELINES else "algos") / f"{self.script}.py"
+        return ROOT / ("benchmark" if self.script in (BASELINES, COLLECTOR) else "algos") / f"{self.script}.py"
+
+    @property
+    def exp_name(self) -> str:
+        return self.flags[self.flags.index("--exp-name") + 1] if "--exp-name" in self.flags else self.script
 
     def command(self, folder: Path, threads: int) -> list[str]:
-        """What starts it afresh, with its run directories in `folder`."""
-        call = [sys.executable, str(self.path), "--market", self.market, "--seed", str(self.seed), "--runs-dir", str(folder)]
+        """What starts it afresh, with its run directories, or the collector's dataset, in `folder`."""
+        dataset = data_folder(self.data, folder.parent) / DATASET if self.data else None
+        source = ("--dataset", str(dataset)) if dataset else ("--market", self.market)
+        target = "--out" if self.script == COLLECTOR else "--runs-dir"
+        call = [sys.executable, str(self.path), *source, "--seed", str(self.seed), target, str(folder)]
         return [*call, *self.flags, *(() if self.script == BASELINES else ("--num-threads", str(threads)))]
 
 
@@ -174,9 +208,18 @@ def available_scripts() -> list[str]:
     return sorted(path.stem for path in (ROOT / "algos").glob("[!_]*.py"))
 
 
+def data_folder(collection: Job, runs_dir: Path) -> Path:
+    """Where the collector leaves its dataset; the folder around it has the runner's record and the log."""
+    return runs_dir / DATASETS / collection.folder / "data"
+
+
 def markets_of(script: str, args: Args) -> list[str]:
     """Markets of a script, each once."""
-    own = args.markets or MARKETS.get(script.rpartition("_")[2], (REAL,))[: 2 if args.quick else None]
+    if script.startswith(OFFLINE):
+        own, quick = OFFLINE_MARKETS, 1
+    else:
+        own, quick = MARKETS.get(script.rpartition("_")[2], (REAL,)), 2
+    own = args.markets or own[: quick if args.quick else None]
     return list(dict.fromkeys([*own, *(PROTOCOL[name] for name in args.protocol)]))
 
 
@@ -186,13 +229,12 @@ def plan(args: Args) -> list[Job]:
     The baselines run wherever a script of the plan does; alone, wherever any script would.
     """
     scripts = [script for script in dict.fromkeys(args.scripts) if script != BASELINES]
-    steps = ("--total-timesteps", str(args.total_timesteps)) if args.total_timesteps else ()
     jobs = [
-        Job(script, market, seed, (*terms, *steps))
+        job
         for script in scripts
         for market in markets_of(script, args)
         for terms in terms_on(market, args)
-        for seed in args.seeds
+        for job in (offline_jobs if script.startswith(OFFLINE) else online_jobs)(script, market, terms, args)
     ]
     if BASELINES in args.scripts:
         for market in dict.fromkeys(m for script in scripts or available_scripts() for m in markets_of(script, args)):
@@ -202,6 +244,32 @@ def plan(args: Args) -> list[Job]:
             seeds = args.seeds if drawn else args.seeds[:1]  # on one real history rules have no seed to differ by
             jobs += [Job(BASELINES, market, seed, (*terms, *only)) for terms in terms_on(market, args) for seed in seeds]
     return list(dict.fromkeys(jobs))
+
+
+def online_jobs(script: str, market: str, terms: tuple[str, ...], args: Args) -> list[Job]:
+    return [Job(script, market, seed, (*terms, *steps_of(args))) for seed in args.seeds]
+
+
+def offline_jobs(script: str, market: str, terms: tuple[str, ...], args: Args) -> list[Job]:
+    """A script on the dataset of each seed, whose collector gets what an online script would; behaviour cloning runs twice.
+
+    The second time on the best tenth of the data, which shows how much of what others gain is a choice of episodes.
+    """
+    variants = [()]
+    if script.startswith("bc_"):
+        variants.append(("--top-percent", "10", "--exp-name", f"{script}_top10"))
+    regime = next((regime for name, regime in REGIMES.items() if market.startswith(name)), "long_only")
+    collect = ("--regime", regime, *terms, *steps_of(args), *(("--quick",) if args.quick else ()))
+    steps = ("--gradient-steps", str(args.gradient_steps)) if args.gradient_steps else ()
+    return [
+        Job(script, market, seed, (*steps, *variant), Job(COLLECTOR, market, seed, collect))
+        for variant in variants
+        for seed in args.seeds  # innermost, so that workers side by side need different data
+    ]
+
+
+def steps_of(args: Args) -> tuple[str, ...]:
+    return ("--total-timesteps", str(args.total_timesteps)) if args.total_timesteps else ()
 
 
 def terms_on(market: str, args: Args) -> list[tuple[str, ...]]:
@@ -215,12 +283,17 @@ def terms_on(market: str, args: Args) -> list[tuple[str, ...]]:
 
 
 def code_hash(job: Job, cwd: str) -> str:
-    """Of the script, all of envs/, and the market's files: a run of older code or data is run again."""
-    rules = [ROOT / "benchmark" / name for name in ("rules.py", "replay.py")] if job.script == BASELINES else []
+    """Of the script, all of envs/, the market's files, and what made its dataset: a run of older code or data is run again."""
+    used = []
+    if job.script == BASELINES:
+        used = [ROOT / "benchmark" / name for name in ("rules.py", "replay.py")]
+    elif job.script == COLLECTOR:
+        online = TRAINED[job.flags[job.flags.index("--regime") + 1]]
+        used = [ROOT / "algos" / f"{online}.py", *(ROOT / "benchmark" / name for name in COLLECTORS_CODE)]
     market = Path(cwd, job.market)
     data = [market] if market.is_file() else sorted(path for path in market.rglob("*") if path.is_file())
-    digest = hashlib.sha256()
-    for path in (job.path, *rules, *sorted((ROOT / "envs").glob("*.py")), *data):
+    digest = hashlib.sha256(code_hash(job.data, cwd).encode() if job.data else b"")
+    for path in (job.path, *used, *sorted((ROOT / "envs").glob("*.py")), *data):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -240,18 +313,67 @@ def run_job(job: Job, runs_dir: Path, limits: Limits, stopping: Callable[[], boo
     folder.mkdir(parents=True, exist_ok=True)
     record = {"job": asdict(job), "code": code, "status": "running", "attempts": 0}
     ledger.write_json(folder / "job.json", record)
-    while record["attempts"] <= limits.retries:
-        if stopping():
-            raise Interrupted
-        record["attempts"] += 1
-        failure = attempt(job, folder, limits, stopping)
-        if failure is None:
-            break
+    failure = collect(job.data, runs_dir, limits, stopping) if job.data else None
+    if failure:
+        failure = f"its data were not collected: {failure}"
+        shutil.copy(runs_dir / DATASETS / job.data.folder / "log.txt", folder)
+    else:
+        failure = tries(lambda: attempt(job, folder, limits, stopping), record, limits, stopping)
     record |= {"status": "failed" if failure else "finished", "failure": failure, "seconds": time.time() - started}
     if failure:
         mark_failed(job, folder, failure)
     ledger.write_json(folder / "job.json", record)
     return record
+
+
+def tries(once: Callable[[], str | None], record: dict, limits: Limits, stopping: Callable[[], bool]) -> str | None:
+    """Call `once` until it returns None or the retries are spent; counts in record["attempts"], returns the last failure."""
+    while True:
+        if stopping():
+            raise Interrupted
+        record["attempts"] += 1
+        failure = once()
+        if failure is None or record["attempts"] > limits.retries:
+            return failure
+
+
+def collect(job: Job, runs_dir: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
+    """Have a dataset collected, unless it lies there, made by the same code; None, or in one line why there is none.
+
+    Once for all jobs that need it: the first to come collects, the others wait for it and share its success or failure.
+    `execute` forgets failures, so that the next start tries again. Raises Interrupted once `stopping()` holds.
+    """
+    out = data_folder(job, runs_dir)
+    folder = out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:  # for writing: a shared disk may refuse to lock what is only read
+        fcntl.flock(lock, fcntl.LOCK_EX)  # its holder is of this runner, and ends when `stopping()` holds
+        stop_leftover(folder)
+        record, code = read_json(folder / rundirs.COLLECTED), code_hash(job, limits.cwd)
+        if record.get("code") == code and record.get("status") == "failed":
+            return record["failure"]
+        if record.get("code") == code and record.get("status") == "finished" and data_complaint(out) is None:
+            return None
+        record = {"job": asdict(job), "code": code, "status": "running", "attempts": 0}
+        ledger.write_json(folder / rundirs.COLLECTED, record)
+        (folder / "log.txt").unlink(missing_ok=True)
+
+        def once():
+            shutil.rmtree(out, ignore_errors=True)
+            return run_process(job.command(out, limits.threads), folder, limits, stopping) or data_complaint(out)
+
+        failure = tries(once, record, limits, stopping)
+        record |= {"status": "failed" if failure else "finished", "failure": failure}
+        ledger.write_json(folder / rundirs.COLLECTED, record)
+        return failure
+
+
+def data_complaint(folder: Path) -> str | None:
+    """What is wrong with a dataset, by the hash in its meta; None where it is whole."""
+    path, meta = folder / DATASET, read_json(folder / META)
+    if not path.is_file() or not meta:
+        return f"left no {DATASET} with {META}"
+    return None if meta.get("sha256") == sha256_of(path) else f"{DATASET} is not the one that {META} tells of"
 
 
 def attempt(job: Job, folder: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
@@ -325,7 +447,7 @@ def mark_failed(job: Job, folder: Path, failure: str):
 
     A job of the baselines has one run directory per rule; those that are whole count.
     """
-    known = {"script": job.path.name, "args": {"exp_name": job.script, "seed": job.seed, "market": job.market}}
+    known = {"script": job.path.name, "args": {"exp_name": job.exp_name, "seed": job.seed, "market": job.market}}
     faulty = [run for run in run_dirs(folder) if job.script != BASELINES or fault(run)]
     if not faulty:
         faulty = [folder / f"failed__{job.script}__{job.seed}__{int(time.time())}"]
@@ -433,6 +555,10 @@ def execute(args: Args, jobs: list[Job]) -> list[dict]:
     results = local_results(args, jobs, limits, workers) if args.ray_address is None else ray_results(args, jobs, limits)
     records: dict[Job, dict] = {}
     started = time.time()
+    for collection in {job.data for job in jobs if job.data}:  # those that failed before are tried again
+        record = data_folder(collection, args.runs_dir).with_name(rundirs.COLLECTED)
+        if read_json(record).get("status") == "failed":
+            record.unlink()
     with contextlib.closing(results):
         for job, result in results:
             folder = args.runs_dir / job.folder
@@ -463,8 +589,11 @@ def end_on_signals():
 def main(args: Args) -> int:
     jobs = plan(args)
     if args.dry_run:
+        threads = limits_of(args)[0].threads
+        for collection in dict.fromkeys(job.data for job in jobs if job.data):
+            print(shlex.join(collection.command(data_folder(collection, args.runs_dir), threads)))
         for job in jobs:
-            print(shlex.join(job.command(args.runs_dir / job.folder, limits_of(args)[0].threads)))
+            print(shlex.join(job.command(args.runs_dir / job.folder, threads)))
         return 0
     with locked(args.runs_dir):
         print(f"{len(jobs)} runs in {args.runs_dir}", flush=True)

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import metrics
 import numpy as np
+import offline
 import tyro
 from curves import cost_sensitivity, curves, learning_curves
 from inference import BUY_AND_HOLD, FORESIGHT, Selection
@@ -154,6 +155,7 @@ def build(shared: dict, runs: list[Run], failed: list[Run], args: Args) -> dict:
         "rows": table,
         "failed": [failed_row(run) for run in failed],
         "pairs": pairs,
+        "offline": offline.tables(rows, failed, args.resamples, args.seed),
         "curves": curves(rows),
         "learning": learning_curves(rows) if args.learning else {},
         "regimes": stressed.get("regimes", {}),
@@ -314,19 +316,12 @@ def markdown(board: dict) -> str:
     for shown_group in board["groups"]:
         lines += ["", f"## {_safe(shown_group['title'])}", "", _safe(shown_group["facts"]), ""]
         lines += [f"> {_safe(line)}  " for line in shown_group["warnings"]] + [""]
-        lines += ["| algorithm | " + " | ".join(c["label"] for c in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
-        for row in shown_group["rows"]:
-            cells = []
-            for column in COLUMNS:
-                value, kind = row.get(column["key"]), column["kind"]
-                if isinstance(value, dict):
-                    low, high = shown(value["low"], kind), shown(value["high"], kind)
-                    cells.append(shown(value["value"], kind) + (f" [{low}, {high}]" if low != "-" else ""))
-                else:
-                    cells.append(shown(value, kind))
-            lines.append(f"| {_safe(row['name'])} | " + " | ".join(cells) + " |")
+        lines += markdown_table(shown_group["rows"], COLUMNS)
         lines += [f"| {_safe(f['name'])} | **failed**: {_safe(f['reason'])} |" for f in shown_group["failed"]]
         lines += ["", *(f"- {_safe(note)}" for note in shown_group["notes"])]
+        for table in shown_group["offline"]:
+            lines += ["", f"### {_safe(table['title'])}", "", *markdown_table(table["rows"], table["columns"]), ""]
+            lines += [f"- {_safe(note)}" for note in table["notes"]]
     if board["unplaced"]:
         lines += ["", "## Failed runs outside of every table", "", "| run | reason |", "|---|---|"]
         lines += [f"| {_safe(f['name'])} | **failed**: {_safe(f['reason'])} |" for f in board["unplaced"]]
@@ -342,6 +337,22 @@ def markdown(board: dict) -> str:
             f"| {' | '.join(_safe(t[k]) for k in ('name', 'env_id', 'seeds', 'score', 'steps'))} |" for t in board["tasks"]
         ]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(rows: list[dict], columns: list[dict]) -> list[str]:
+    """Lines of a table: a row for each algorithm, values with their intervals where they have any."""
+    lines = ["| algorithm | " + " | ".join(c["label"] for c in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for row in rows:
+        cells = []
+        for column in columns:
+            value, kind = row.get(column["key"]), column["kind"]
+            if isinstance(value, dict):
+                low, high = shown(value["low"], kind), shown(value["high"], kind)
+                cells.append(shown(value["value"], kind) + (f" [{low}, {high}]" if low != "-" else ""))
+            else:
+                cells.append(shown(value, kind))
+        lines.append(f"| {_safe(row['name'])} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _safe(text) -> str:

@@ -3,6 +3,7 @@
 Most tests run it in a tree of its own, over small scripts that only pretend to learn.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -33,6 +34,7 @@ from pathlib import Path
 
 parser = argparse.ArgumentParser(allow_abbrev=False)
 known = "market seed runs-dir num-threads resume total-timesteps costs fill folds fold start end"
+known += " dataset gradient-steps top-percent exp-name"
 for flag in known.split():
     parser.add_argument(f"--{flag}")
 parser.add_argument("--only", nargs="*", default=["equal-weight", "momentum", "random"])
@@ -41,7 +43,11 @@ script, tree, saved = Path(__file__).stem, Path(__file__).resolve().parents[1], 
 if args.resume:
     saved = json.loads((Path(args.resume) / "model.pt").read_text())
     args = argparse.Namespace(**saved["args"] | {"resume": args.resume})
-key = f"{script} {Path(args.market).name} {args.seed}"
+if args.dataset:
+    data = Path(args.dataset)
+    args.market = json.loads(data.with_name("dataset_meta.json").read_text())["market"]
+    assert data.read_text().startswith(args.market) and script.startswith(("bc_", "cql_", "iql_"))
+key = f"{args.exp_name or script} {Path(args.market).name} {args.seed}"
 starts = tree / "starts" / key
 with starts.open("a") as file:
     file.write(f"resume {saved['iteration']}\\n" if saved else "start\\n")
@@ -85,7 +91,7 @@ if script == "baselines":
         else:
             end(folder, "nan" if mode == "nan rule" and number == 1 else args.seed)
     sys.exit(mode == "one rule")
-folder = begin(script)
+folder = begin(args.exp_name or script)
 iteration, checksum = (saved["iteration"], saved["checksum"]) if saved else (0, "")
 while iteration < 8:
     iteration += 1
@@ -99,7 +105,9 @@ while iteration < 8:
     if mode == "hang" and iteration == 5:
         (tree / "hangs" / str(os.getpid())).touch()
         time.sleep(600)
-end(folder, mode if mode in ("nan", "short") else args.seed, checksum=checksum)
+learned = {"steps": 9, "episodes": 3, "behaviours": ["random"], "mean_reward": 0.01, "gradient_steps": 8}
+learned = {"offline": {"dataset": args.dataset, "sha256": "d"} | learned, "risk_aversion": 1.0} if args.dataset else {}
+end(folder, mode if mode in ("nan", "short") else args.seed, checksum=checksum, **learned)
 if mode == "cut":
     whole = (folder / "ledger.parquet").read_bytes()
     (folder / "ledger.parquet").write_bytes(whole[: len(whole) // 2])
@@ -107,6 +115,42 @@ if mode == "taskless":
     (folder / "run.json").write_text(json.dumps({"status": "finished", "args": {"seed": int(args.seed), "exp_name": script}}))
 if mode == "afterwards":
     crash()
+"""
+
+# And the collector: its dataset is what it was asked for, its modes are those of "collect market seed".
+COLLECT = """
+import argparse, hashlib, json, os, shutil, sys, time
+from pathlib import Path
+
+parser = argparse.ArgumentParser(allow_abbrev=False)
+for flag in "market seed out regime num-threads total-timesteps costs fill folds fold start end".split():
+    parser.add_argument(f"--{flag}")
+parser.add_argument("--quick", action="store_true")
+args = parser.parse_args()
+tree, out, key = Path(__file__).resolve().parents[1], Path(args.out), f"collect {Path(args.market).name} {args.seed}"
+assert not out.exists(), "an unfinished dataset was left there"
+out.mkdir(parents=True)
+starts = tree / "starts" / key
+with starts.open("a") as file:
+    file.write("start\\n")
+modes = json.loads((tree / "modes.json").read_text()).get(key, ["fine"])
+mode = modes[min(len(starts.read_text().splitlines()), len(modes)) - 1]
+print(f"{key}: {mode}", flush=True)
+run = out / "runs" / f"LeadLag-v0__ppo__{args.seed}__1"
+shutil.copytree(tree / "template" / args.seed, run)
+(out / "dataset.hdf5").write_text("half of ")
+if mode == "hang":
+    (tree / "hangs" / str(os.getpid())).touch()
+    time.sleep(600)
+if mode == "crash":
+    raise ValueError(f"on purpose in {key}")
+if mode == "slow":
+    time.sleep(1)
+text = f"{args.market} {vars(args)}"
+(out / "dataset.hdf5").write_text(text)
+if mode != "no meta":
+    sha256 = hashlib.sha256(text.encode()).hexdigest() if mode != "damaged" else "0"
+    (out / "dataset_meta.json").write_text(json.dumps({"sha256": sha256, "market": args.market}))
 """
 
 
@@ -145,6 +189,13 @@ class Tree:
             (root / path).write_text(FAKE)
         self.goes_wrong()
         monkeypatch.setattr(runner, "ROOT", root)
+
+    def learns_offline(self, *scripts: str):
+        """Scripts that learn from a dataset, the online scripts, the collector and what it uses, all pretended."""
+        for path in (*(f"algos/{name}.py" for name in scripts), "algos/ppo_portfolio.py", "algos/ppo_leadlag.py"):
+            (self.root / path).write_text(FAKE)
+        (self.root / "benchmark" / "collect.py").write_text(COLLECT)
+        (self.root / "benchmark" / "behaviours.py").touch()
 
     def goes_wrong(self, **modes: list[str]):
         """Modes of fake_leadlag on synthetic:noise: seed1=["crash", "fine"]."""
@@ -242,7 +293,13 @@ def commands(tree, **options) -> list[str]:
     """Of a plan: script, market and flags of each job, without folders."""
     jobs = tree.runner.plan(tree.runner.Args(**options))
     assert len({job.folder for job in jobs}) == len(jobs)
-    return [" ".join((job.script, job.market, str(job.seed), *job.flags)) for job in jobs]
+    return [told(job) for job in jobs]
+
+
+def told(job) -> str:
+    """A job in words; of one that learns from a dataset, those of its collector after "from"."""
+    source = f" from {told(job.data)}" if job.data else ""
+    return " ".join((job.script, job.market, str(job.seed), *job.flags)) + source
 
 
 # --- what is planned
@@ -366,11 +423,12 @@ def test_dry_run_prints_commands_that_the_scripts_understand(modules, capsys, tm
     args = tyro.cli(modules.runner.Args, args=[*text.split(), "--dry-run", "--runs-dir", str(folder), "--seeds", "4"])
     assert modules.runner.main(args) == 0 and not folder.exists()
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == len(modules.runner.plan(args)) > 5
+    jobs = modules.runner.plan(args)
+    assert len(lines) == len(jobs) + len({job.data for job in jobs if job.data}) > 5
     parsers = {name: lambda given, s=script: parsed(s, given) for name, script in SCRIPTS.items()}
     parsers["baselines"] = importlib.import_module("baselines").parse
-    seen = set()
-    for python, path, *flags in lines:
+    seen, online = set(), [line for line in lines if not Path(line[1]).stem.startswith((*modules.runner.OFFLINE, "collect"))]
+    for python, path, *flags in online:
         found = parsers[Path(path).stem](flags)
         seen.add(Path(path).stem)
         assert python == sys.executable and Path(path).is_file() and found.seed == 4
@@ -392,6 +450,7 @@ def parsed(script, flags):
         ({"retries": -1}, ("--retries -1", "0 or more")),
         ({"workers": -2}, ("--workers -2", "0 or more")),
         ({"total_timesteps": -3}, ("--total-timesteps -3", "0 or more")),
+        ({"gradient_steps": 0}, ("--gradient-steps 0", "at least 1")),
         ({"seeds": (1, -4)}, ("--seeds 1 -4", "0 or more")),
         ({"timeout": -1.0}, ("--timeout -1", "0 or a number of seconds")),
         ({"timeout": float("nan")}, ("--timeout nan", "0 or a number of seconds")),
@@ -739,6 +798,198 @@ def test_an_interrupt_ends_the_tasks_of_a_cluster(tree, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tree.run(ray_address="auto")
     assert [name for name, _ in fake.calls] == ["init", "remote", "cancel", "shutdown"]
+
+
+# --- scripts that learn from a dataset
+
+LEARNERS = ("bc_portfolio", "cql_portfolio", "iql_portfolio")
+
+
+def test_every_offline_job_has_its_data_collected_on_its_terms(tree):
+    tree.learns_offline(*LEARNERS)
+    chosen = dict(scripts=("iql_portfolio", "baselines"), seeds=(1, 2))
+    regimes = {GP: "long_short", "synthetic:leadlag": "lookback"}
+    expected = [
+        f"iql_portfolio {market} {seed} from collect {market} {seed} --regime {regimes.get(market, 'long_only')} "
+        f"{'--fill auto' if market == GP else TERMS}"
+        for market in (GP, "synthetic:leadlag", "sp500", *DRAWN)
+        for seed in (1, 2)
+    ]
+    found = commands(tree, **chosen)
+    assert found[: len(expected)] == expected
+    assert {line.split()[1] for line in found if line.startswith("baselines")} == {line.split()[1] for line in expected}
+    given = dict(scripts=("cql_portfolio",), seeds=(3,), markets=("a.csv", f"{MERTON}:bars=9", "synthetic:leadlag:bars=9"))
+    terms = "--costs zero --fill next_close"
+    assert commands(
+        tree, **given, costs="zero", fill="next_close", start="2016", folds=2, total_timesteps=9, gradient_steps=7
+    ) == [
+        *(
+            f"cql_portfolio a.csv 3 --gradient-steps 7 from collect a.csv 3 --regime long_only {terms} --start 2016 "
+            f"--folds 2 --fold {fold} --total-timesteps 9"
+            for fold in (0, 1)
+        ),
+        f"cql_portfolio {MERTON}:bars=9 3 --gradient-steps 7 from collect {MERTON}:bars=9 3 --regime long_short "
+        "--fill next_close --total-timesteps 9",
+        "cql_portfolio synthetic:leadlag:bars=9 3 --gradient-steps 7 from collect synthetic:leadlag:bars=9 3 --regime lookback "
+        f"{terms} --total-timesteps 9",
+    ]
+
+
+def test_a_quick_offline_run_clones_behaviour_twice(tree):
+    tree.learns_offline(*LEARNERS)
+    data = "--regime long_short --fill auto --total-timesteps 500000 --quick"
+    assert commands(tree, scripts=("bc_portfolio", "iql_portfolio"), quick=True) == [
+        f"{script} {GP} {seed} --gradient-steps 2000{more} from collect {GP} {seed} {data}"
+        for script, more in (
+            ("bc_portfolio", ""), ("bc_portfolio", " --top-percent 10 --exp-name bc_portfolio_top10"), ("iql_portfolio", "")
+        )
+        for seed in (1, 2)
+    ]  # fmt: skip
+
+
+def test_jobs_without_data_keep_the_folders_of_earlier_runs(tree):
+    (job,) = tree.runner.plan(tree.args(seeds=(1,)))
+    fields = {"script": job.script, "market": job.market, "seed": job.seed, "flags": job.flags}
+    assert job.folder.endswith(f"__{hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:8]}")
+
+
+def test_a_dry_run_names_the_collector_once_and_no_market_flag_of_offline_scripts(tree, capsys):
+    tree.learns_offline(*LEARNERS)
+    assert tree.run(scripts=LEARNERS, seeds=(1, 2), dry_run=True, gradient_steps=5) == 0 and not tree.runs.exists()
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    out = {}
+    for line in lines[:2]:
+        flags = dict(zip(line[2::2], line[3::2]))
+        assert Path(line[1]) == tree.root / "benchmark" / "collect.py" and flags["--regime"] == "long_only"
+        assert Path(flags["--out"]).is_relative_to(tree.runs / "datasets") and flags["--market"] == "synthetic:noise"
+        assert flags["--costs"] == "institutional" and flags["--num-threads"] == "1"
+        out[flags["--seed"]] = flags["--out"]
+    assert set(out) == {"1", "2"} and len(lines) == 2 + 4 * 2
+    for line in lines[2:]:
+        flags = dict(zip(line[2::2], line[3::2]))
+        assert flags["--dataset"] == f"{out[flags['--seed']]}/dataset.hdf5" and flags["--gradient-steps"] == "5"
+        assert Path(flags["--runs-dir"]).parent == tree.runs
+        assert set(flags) <= {
+            "--dataset", "--seed", "--runs-dir", "--gradient-steps", "--num-threads", "--top-percent", "--exp-name"
+        }  # fmt: skip
+
+
+def test_data_are_collected_once_for_all_that_wait_for_them(tree):
+    """And the policies that collected them are no rows of the scoreboard, also where it looks through all folders."""
+    tree.learns_offline(*LEARNERS)
+    tree.modes({"collect synthetic:noise 1": ["slow"], "cql_portfolio synthetic:noise 2": ["late", "fine"]})
+    assert tree.run(scripts=LEARNERS, workers=4) == 0
+    assert tree.starts(1, "collect") == tree.starts(2, "collect") == ["start"]
+    names = {"bc_portfolio", "bc_portfolio_top10", "cql_portfolio", "iql_portfolio"}
+    assert all(tree.starts(1, name) == ["start"] for name in names)
+    assert tree.starts(2, "cql_portfolio") == ["start", "resume 4"], "one that learns from a dataset goes on like any other"
+    board = json.loads((tree.root / "out" / "scoreboard.json").read_text())
+    (group,) = board["groups"]
+    assert {row["name"]: row["seeds"] for row in group["rows"]} == dict.fromkeys(names, 2) and not board["unplaced"]
+    assert [row["name"] for row in group["offline"][0]["rows"]] == ["BC", "BC-10%", "CQL", "IQL", "mean of the data"]
+    rundirs = importlib.import_module("rundirs")
+    assert len(rundirs.find([tree.runs])) == 8
+    (data, *_) = (tree.runs / "datasets").glob("*/data")
+    assert len(rundirs.find([data])) == 1, "asked for by name, the policies of a dataset are found"
+
+
+def test_data_are_collected_again_when_they_or_their_code_change(tree):
+    tree.no_board()
+    tree.learns_offline("iql_portfolio")
+    algos, benchmark, prices = tree.root / "algos", tree.root / "benchmark", tree.root / "prices.csv"
+    prices.write_text("a")
+    (tree.root / "envs").unlink()
+    shutil.copytree(ROOT / "envs", tree.root / "envs", ignore=shutil.ignore_patterns("__pycache__"))
+    expected = [0, 0]
+
+    def starts(collected: bool, learned: bool):
+        assert tree.run(scripts=("iql_portfolio",), markets=("prices.csv",), seeds=(1,)) == 0
+        expected[:] = expected[0] + collected, expected[1] + learned
+        assert [len(tree.starts(1, name, "prices.csv")) for name in ("collect", "iql_portfolio")] == expected
+
+    def change(path: Path):
+        path.write_text(path.read_text() + "\n# changed")
+
+    starts(True, True)
+    starts(False, False)
+    change(algos / "iql_portfolio.py")
+    starts(False, True)
+    for path in (
+        algos / "ppo_portfolio.py", benchmark / "collect.py", benchmark / "behaviours.py", benchmark / "rules.py",
+        benchmark / "baselines.py", tree.root / "envs" / "task.py", prices,
+    ):  # fmt: skip
+        change(path)
+        starts(True, True)
+    change(algos / "ppo_leadlag.py")
+    starts(False, False)
+    (path,) = (tree.runs / "datasets").glob("*/data/dataset.hdf5")
+    for damage in (lambda: path.write_text("prices.csv?"), path.unlink, path.with_name("dataset_meta.json").unlink):
+        damage()
+        starts(False, False)  # nothing needs them
+        change(algos / "iql_portfolio.py")
+        starts(True, True)
+
+
+def test_without_data_all_that_need_them_are_red_rows(tree, capsys):
+    """One market per failure; the jobs that need a dataset share the tries of one collection, until the next start."""
+    tree.learns_offline("bc_portfolio", "iql_portfolio")
+    said = {
+        "crash": "exit code 1: ValueError: on purpose in collect", "no meta": "left no dataset.hdf5 with dataset_meta.json",
+        "damaged": "dataset.hdf5 is not the one", "hang": "not finished after 1 seconds",
+    }  # fmt: skip
+    markets = {mode: f"{mode.replace(' ', '-')}.csv" for mode in said}
+    tree.modes({f"collect {market} 1": [mode, mode, "fine"] for mode, market in markets.items()})
+    options = dict(scripts=("bc_portfolio", "iql_portfolio"), seeds=(1,), markets=("fine.csv", *markets.values()), timeout=1.0)
+    names = ("bc_portfolio", "bc_portfolio_top10", "iql_portfolio")
+    assert tree.run(**options) == 1
+    printed = capsys.readouterr().out
+    board = json.loads((tree.root / "out" / "scoreboard.json").read_text())
+    assert {row["name"] for row in board["groups"][0]["rows"]} == set(names) and not board["groups"][0]["failed"]
+    assert len(board["unplaced"]) == len(said) * len(names)
+    for mode, market in markets.items():
+        assert tree.starts(1, "collect", market) == ["start"] * 2 and tree.starts(1, "iql_portfolio", market) == []
+        rows = [row for row in board["unplaced"] if f"__{market.replace('.', '-')}__" in row["path"]]
+        assert {row["name"] for row in rows} == {f"{name}, seed 1" for name in names}
+        for row in rows:
+            assert row["reason"].startswith("its data were not collected: ") and said[mode] in row["reason"], mode
+            assert f"collect {market} 1: {mode}" in row["log"] and said[mode] in printed, mode
+    tree.no_board()
+    assert tree.run(**options) == 0 and not list(tree.runs.glob("*/failed__*"))
+    for market in markets.values():
+        assert tree.starts(1, "collect", market) == ["start"] * 3 and tree.starts(1, "iql_portfolio", market) == ["start"]
+    assert {log.read_text().count("$ ") for log in tree.runs.glob("datasets/*/log.txt")} == {1}
+
+
+def test_a_collector_that_is_stopped_is_started_afresh(tree):
+    """Interrupted: nothing is left running, and who waits for the data stops too. Killed: the next start ends the orphan."""
+    tree.no_board()
+    tree.learns_offline("cql_portfolio", "iql_portfolio")
+    tree.modes({"collect synthetic:noise 1": ["hang", "hang", "fine"]})
+    chosen = ("--scripts", "cql_portfolio", "iql_portfolio", "--seeds", "1")
+    process = tree.start(*chosen)
+    (child,) = tree.hanging(1)
+    wait_for(lambda: len(tree.records()) == 1 and len(list(tree.runs.glob("*/job.json"))) == 2)  # one collects, one waits
+    process.terminate()
+    printed, _ = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in printed and not alive(child), printed
+    process = tree.start(*chosen)
+    orphan = next(pid for pid in tree.hanging(2) if pid != child)
+    process.kill()
+    process.communicate()
+    assert alive(orphan) and not list(tree.runs.glob("*/failed__*"))
+    assert tree.run(scripts=("cql_portfolio", "iql_portfolio"), seeds=(1,)) == 0 and not alive(orphan)
+    assert tree.starts(1, "collect") == ["start"] * 3 and tree.starts(1, "iql_portfolio") == ["start"]
+    (data,) = tree.runs.glob("datasets/*/data/dataset.hdf5")
+    assert not data.read_text().startswith("half")
+
+
+def test_a_cluster_collects_once_too(tree, monkeypatch):
+    tree.no_board()
+    tree.learns_offline("cql_portfolio", "iql_portfolio")
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
+    assert tree.run(scripts=("cql_portfolio", "iql_portfolio"), ray_address="auto") == 0
+    assert tree.starts(1, "collect") == tree.starts(2, "collect") == ["start"]
+    assert all(tree.starts(seed, name) == ["start"] for seed in (1, 2) for name in ("cql_portfolio", "iql_portfolio"))
 
 
 # --- run_all.sh
