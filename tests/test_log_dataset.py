@@ -106,7 +106,7 @@ def test_training_does_not_notice_and_a_killed_run_goes_on_logging(script, optio
 
 
 def assert_behaves_like(script, model, data):
-    """The dataset's log-probabilities are those of a PPO checkpoint; its actions spread as that explores, if none is cut off."""
+    """The dataset's log-probabilities are those of a PPO checkpoint; its actions spread as that explores, unless cut off."""
     agent = script.make_agent(script.module, model)
     agent.load_state_dict(model["model"])
     rows = contents_of(data, ("observations", "actions", *(key for key in data.keys if "behavior" in key or "mask" in key)))
