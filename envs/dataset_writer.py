@@ -315,7 +315,7 @@ def merge(path: str | Path, sources: Sequence[str | Path]) -> int:
     for name in ("seed", "git_commit"):
         if any(other.meta[name] != first.meta[name] for other in datasets):
             given[name] = None
-    given["behaviours"] = [behaviour for other in datasets for behaviour in other.meta["behaviours"]]
+    given["behaviours"] = [behaviour for other in datasets for behaviour in other.meta["behaviours"] or ()]
     with DatasetWriter(path, first.keys["observations"][1][0], first.action_space, given, num_envs=1) as writer:
         for other in datasets:
             writer.extend(other, infos)

@@ -1,4 +1,4 @@
-"""The market rebuilt from a dataset's meta: the same panel, splits, spaces and backtests to the last bit, or it says why not."""
+"""The market rebuilt from a dataset's meta: the same panel, splits, spaces and backtests to the last bit, or why not."""
 
 import json
 
