@@ -46,10 +46,11 @@ def sha256_of(state: dict) -> str:
 
 def test_training_does_not_notice_and_a_killed_run_goes_on_logging(script, options, inside, monkeypatch, tmp_path):
     """Stopped while it logs after iteration 5, resumed from iteration 3: as one run that never logged, in every bit."""
-    folder, calls, log_episodes = tmp_path / "logs" / "new", [], dataset_writer.log_episodes
+    folder, calls, seeds, log_episodes = tmp_path / "logs" / "new", [], [], dataset_writer.log_episodes
 
     def stop(path, *args):
         calls.append(path)
+        seeds.append((torch.initial_seed(), args[4]))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return log_episodes(path, *args)
@@ -94,8 +95,8 @@ def test_training_does_not_notice_and_a_killed_run_goes_on_logging(script, optio
 
     if isinstance(script, PPOScript):
         assert_behaves_like(script, logged.model, datasets[-1])
-    else:
-        assert "infos/behavior_logprob" not in datasets[-1].keys
+    else:  # it draws from torch's own stream, which is seeded anew and then put back
+        assert "infos/behavior_logprob" not in datasets[-1].keys and all(found == seed for found, seed in seeds)
 
     task = Task.of(datasets[-1])  # the market of the run, to the last bit of its backtests
     policy = g["agent_policy"] if isinstance(script, PPOScript) else g["kernel_policy"]("test")
@@ -206,6 +207,17 @@ def test_rewards_stand_for_the_utility(script, inside, utility, weights, monkeyp
     expected = script.module.rewards_of(g["args"], torch.as_tensor(np.array(growth).T)).numpy().T
     exact = utility[0] != "mean_variance"  # log growth is net - net^2 / 2 only to the second order
     np.testing.assert_allclose(rewards, expected, rtol=1e-5 if exact else 0.02, atol=1e-7 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("script", ["ppo_leadlag"], indirect=True)
+def test_rewards_are_those_that_training_ends_with(script, options, inside, tmp_path):
+    """Shaping and curriculum are the learner's: what is logged is the growth, whatever lookback it came from."""
+    shaping = ["--reward-strength", "5", "--reward-jump", "5", "--curriculum", "9", "9", "--total-timesteps", "1024"]
+    inside(*options, *shaping, "--log-dataset", str(tmp_path / "logs"), "--log-episodes", "20")
+    data = Dataset(tmp_path / "logs" / f"{script.name}__1__1024" / "dataset.hdf5")
+    rows = contents_of(data, ("rewards", "actions", "infos/pnl", "infos/cost", "infos/action_mask"))
+    np.testing.assert_allclose(rows["rewards"], np.log1p(rows["infos/pnl"] - rows["infos/cost"]), atol=1e-3)
+    assert len(set(rows["actions"])) == 5 and rows["infos/action_mask"].sum() > 4 * len(rows["actions"])
 
 
 @both_kinds
