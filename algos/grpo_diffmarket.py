@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import hashlib
 import os
 import sys
 import time
@@ -21,14 +22,16 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import ledger, portfolio_references
+from envs import dataset_writer, ledger, portfolio_references
 from envs.candles import ohlc_features, wavelet_features
 from envs.costs import RUIN
 from envs.diffmarket import Account, DiffMarket, deleverage
 from envs.neutral import clusters, factor_loadings, market_beta, neutralise, pairs
+from envs.portfolio import PortfolioVectorEnv
 from envs.portfolio_tables import LONG_ONLY, WARMUP, PortfolioConfig, PortfolioData
 from envs.scenarios import Scenario, stress_panel
 from envs.synthetic import load_market
+from envs.task import describe_task, provenance
 
 MARKET_ENV = "Portfolio-v0"  # whose kernel keeps the ledger; training runs on its copy in torch
 
@@ -61,6 +64,13 @@ class Args:
     """run directory to go on with, under the arguments saved there"""
     checkpoint_every: int = 20
     """iterations between two checkpoints (model.pt)"""
+    log_dataset: str | None = None
+    """folder to log episodes of the training split to as offline data, a dataset for each entry of --log-at; without
+    log-probabilities: it holds the weights, not what the policy drew, and caps turn many draws into the same weights"""
+    log_at: tuple[float, ...] = (1.0,)
+    """shares of the training after which the policy of that moment is logged, as it explores; 1 also if --patience ends it"""
+    log_episodes: int = 100
+    """episodes of each dataset"""
 
     market: str = "synthetic:garleanu-pedersen"
     """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...], see KNOWN below for three of them;
@@ -590,7 +600,7 @@ if __name__ == "__main__":
         ("microbatches", 2 if args.estimator == "mix" else 1, args.num_windows),
         ("update_epochs", 1, 4 if args.estimator == "grpo" else 1),
         ("lookback", 1, np.inf), ("hidden", 1, np.inf), ("embedding", 0, np.inf), ("eval_every", 1, np.inf),
-        ("checkpoint_every", 1, np.inf), ("stress_share", 0, 1), ("stress_histories", 1, np.inf),
+        ("checkpoint_every", 1, np.inf), ("log_episodes", 1, np.inf), ("stress_share", 0, 1), ("stress_histories", 1, np.inf),
         ("stress_candidates", 1, np.inf), ("kill_width", 1e-6, np.inf), ("cvar_alpha", 1e-6, 1), ("ema_decay", 0, 1),
         ("gamma", 0, 1), ("kl_coef", 0, np.inf), ("kill_drawdown", 0, 1),
     ):  # fmt: skip
@@ -599,6 +609,11 @@ if __name__ == "__main__":
             sys.exit(
                 f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected {expected}, with --estimator {args.estimator}"
             )
+    if not args.log_at or not all(0.0 < share <= 1.0 for share in args.log_at):
+        sys.exit(f"--log-at {args.log_at}: expected shares of the training, above 0 and at most 1")
+    logged = sorted(Path(args.log_dataset).glob(f"{args.exp_name}__{args.seed}__*/dataset.hdf5")) if args.log_dataset else []
+    if logged and not checkpoint:
+        sys.exit(f"--log-dataset {args.log_dataset}: holds {logged[0].parent.name} already; expected none of this seed")
     c, long_only = args.portfolio, args.portfolio.constraints == LONG_ONLY
     left_over = c.asset_cap < 1 or args.kill_drawdown is not None  # weight that only cash can hold
     for refused, flag, expected in (
@@ -762,8 +777,8 @@ if __name__ == "__main__":
                 number += at.numel()
         return total / number
 
-    def backtest(split):
-        """Ledger of the policy on the kernel: the observation holds the account, the row says what the market looks like."""
+    def kernel_policy(split, explore=False):
+        """The policy on the kernel: the observation holds the account, the row says what the market looks like."""
         place, encoded = np.zeros(panel.num_bars, np.int64), []
         with torch.no_grad():
             for at in ranges_of(split):
@@ -779,14 +794,46 @@ if __name__ == "__main__":
                 account = Account(obs[:, weights], 1.0 + obs[:, own][:, 2], one)  # the drawdown is all that matters of equity
                 bar = tables.bar(at)
                 scores = agent.decide(encoded[place[rows]], observe(account, bar.gross))
-                action = agent.mean_action(scores, choices(agent, bar.present))
+                mask = choices(agent, bar.present)
+                action = agent.sample(scores, mask, torch.randn_like(scores)) if explore else agent.mean_action(scores, mask)
                 order = target_weights(args, action, account, bar, chosen_pairs)
                 if agent.has_cash:
                     order = torch.cat([order, bar.gross.clamp(max=1.0).unsqueeze(-1) - order.sum(-1, keepdim=True)], dim=-1)
                 return (order / c.gross).cpu().numpy()
 
-        return portfolio_references.run(data=data, split=splits[split], policy=agent_policy, num_threads=args.num_threads)
+        return agent_policy
 
+    def backtest(split):
+        return portfolio_references.run(data, splits[split], kernel_policy(split), num_threads=args.num_threads)
+
+    def log_dataset(iteration):
+        """Episodes of the policy as it explores now. Their random numbers are their own: training does not notice."""
+        path = Path(args.log_dataset) / f"{args.exp_name}__{args.seed}__{global_step}" / "dataset.hdf5"
+        if path.exists():
+            return  # logged before the run was interrupted
+        seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0])  # market i takes seed + i
+        # What rewards say of the utility bar by bar; of risk_budget and hedge, which no bar has alone, only the growth
+        weights = {
+            "mean_variance": {"variance": 0.5 * (args.risk_aversion - 1.0)},  # log growth has the first unit of risk aversion
+            "sharpe": {"log_growth": 0.0, "differential_sharpe": 1.0},
+            "cvar": {"cvar": args.penalty},
+            "drawdown": {"drawdown": args.penalty},
+        }.get(args.utility, {})
+        terms = dict(reward_weights={"log_growth": 1.0} | weights, cvar_alpha=args.cvar_alpha, episode_length=args.horizon)
+        task = describe_task(MARKET_ENV, args, data.config, **terms)
+        values = b"".join(value.cpu().numpy().tobytes() for value in agent.state_dict().values())
+        behaviour = {"policy": args.exp_name, "step": global_step, "checkpoint_sha256": hashlib.sha256(values).hexdigest()}
+        meta = provenance(task, panel.sha256, dataclasses.asdict(data.costs), run["git_commit"], args.gamma, [behaviour])
+        number = min(64, args.log_episodes)
+        episodes = PortfolioVectorEnv(number, data=data, split=splits["train"], num_threads=args.num_threads, **terms)
+        act = kernel_policy("train", explore=True)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            dataset_writer.log_episodes(
+                path, episodes, lambda *seen: (act(*seen), None), args.log_episodes, meta, seed, panel.timestamps
+            )
+
+    log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None
     progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
     for iteration in range(first_iteration, num_iterations + 1):
@@ -889,6 +936,8 @@ if __name__ == "__main__":
                 best_score, evals_since_best = score, 0
                 best_model = {k: v.clone() for k, v in agent.state_dict().items()}
         stop_early = args.patience > 0 and evals_since_best >= args.patience
+        if iteration in log_after or (stop_early and num_iterations in log_after):
+            log_dataset(iteration)
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "iteration": num_iterations if stop_early else iteration,

@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs  # noqa: F401  (registers LeadLag-v0)
-from envs import dataset_writer, ledger, references
+from envs import dataset, dataset_writer, ledger, references
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.synthetic import load_market
 from envs.task import describe_task, provenance
@@ -57,9 +57,9 @@ class Args:
     checkpoint_every: int = 20
     """iterations between two checkpoints (model.pt)"""
     log_dataset: str | None = None
-    """folder to log training episodes to as offline data, a dataset for each entry of --log-at"""
+    """folder to log episodes of the training split to as offline data, a dataset for each entry of --log-at"""
     log_at: tuple[float, ...] = (1.0,)
-    """shares of the training after which the policy of that moment is logged, as it explores"""
+    """shares of the training after which the policy of that moment is logged, as it explores; 1 also if --patience ends it"""
     log_episodes: int = 100
     """episodes of each dataset"""
 
@@ -271,8 +271,11 @@ if __name__ == "__main__":
     for flag in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every", "log_episodes"):
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
-    if not all(0.0 < share <= 1.0 for share in args.log_at):
+    if not args.log_at or not all(0.0 < share <= 1.0 for share in args.log_at):
         sys.exit(f"--log-at {args.log_at}: expected shares of the training, above 0 and at most 1")
+    logged = sorted(Path(args.log_dataset).glob(f"{args.exp_name}__{args.seed}__*/dataset.hdf5")) if args.log_dataset else []
+    if logged and not checkpoint:
+        sys.exit(f"--log-dataset {args.log_dataset}: holds {logged[0].parent.name} already; expected none of this seed")
     is_market = args.env_id == MARKET_ENV
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
     batch_size = args.num_envs * args.num_steps
@@ -307,6 +310,8 @@ if __name__ == "__main__":
         train_envs = make_envs(args, data, splits, num_iterations)
         if not isinstance(train_envs.single_action_space, gym.spaces.Discrete):
             raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected discrete actions")
+        if args.log_dataset:  # refuse actions that no dataset can hold
+            dataset.layout(f"--log-dataset {args.log_dataset}", 1, train_envs.single_action_space)
     except (ValueError, gym.error.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     num_actions = int(train_envs.single_action_space.n)
@@ -379,9 +384,10 @@ if __name__ == "__main__":
     def log_dataset(iteration):
         """Episodes of the policy as it explores now. Their random numbers are their own: training does not notice."""
         path = Path(args.log_dataset) / f"{args.exp_name}__{args.seed}__{global_step}" / "dataset.hdf5"
-        if args.resume and path.exists():
+        if path.exists():
             return  # logged before the run was interrupted
-        noise = torch.Generator().manual_seed(args.seed + iteration)
+        seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0])  # market i takes seed + i
+        noise = torch.Generator().manual_seed(seed)
 
         def act(observation, mask, _):
             allowed = torch.as_tensor(np.ones((len(observation), num_actions), bool) if mask is None else mask)
@@ -401,7 +407,7 @@ if __name__ == "__main__":
         plain = {f"reward_{name}": 0.0 for name in SHAPING} | {"curriculum": None, "num_envs": min(64, args.log_episodes)}
         plain = dataclasses.replace(args, **plain)
         episodes = make_envs(plain, data, splits, num_iterations)
-        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, args.seed + iteration, timestamps)
+        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed, timestamps)
 
     log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None
@@ -540,9 +546,9 @@ if __name__ == "__main__":
             if score > best_score:
                 best_score, evals_since_best = score, 0
                 best_model = {k: v.clone() for k, v in agent.state_dict().items()}
-        if iteration in log_after:
-            log_dataset(iteration)
         stop_early = args.patience > 0 and evals_since_best >= args.patience
+        if iteration in log_after or (stop_early and num_iterations in log_after):
+            log_dataset(iteration)
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "iteration": num_iterations if stop_early else iteration,

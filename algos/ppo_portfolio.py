@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import envs  # noqa: F401  (registers Portfolio-v0)
-from envs import dataset_writer, ledger, portfolio_references
+from envs import dataset, dataset_writer, ledger, portfolio_references
 from envs.costs import RUIN
 from envs.portfolio import RegimeGuard
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
@@ -58,9 +58,9 @@ class Args:
     checkpoint_every: int = 20
     """iterations between two checkpoints (model.pt)"""
     log_dataset: str | None = None
-    """folder to log training episodes to as offline data, a dataset for each entry of --log-at"""
+    """folder to log episodes of the training split to as offline data, a dataset for each entry of --log-at"""
     log_at: tuple[float, ...] = (1.0,)
-    """shares of the training after which the policy of that moment is logged, as it explores"""
+    """shares of the training after which the policy of that moment is logged, as it explores; 1 also if --patience ends it"""
     log_episodes: int = 100
     """episodes of each dataset"""
 
@@ -290,8 +290,11 @@ if __name__ == "__main__":
     for flag in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every", "log_episodes"):
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
-    if not all(0.0 < share <= 1.0 for share in args.log_at):
+    if not args.log_at or not all(0.0 < share <= 1.0 for share in args.log_at):
         sys.exit(f"--log-at {args.log_at}: expected shares of the training, above 0 and at most 1")
+    logged = sorted(Path(args.log_dataset).glob(f"{args.exp_name}__{args.seed}__*/dataset.hdf5")) if args.log_dataset else []
+    if logged and not checkpoint:
+        sys.exit(f"--log-dataset {args.log_dataset}: holds {logged[0].parent.name} already; expected none of this seed")
     if args.reward not in ("growth", "sharpe"):
         sys.exit(f"--reward {args.reward}: expected growth or sharpe")
     is_market = args.env_id == MARKET_ENV
@@ -335,6 +338,8 @@ if __name__ == "__main__":
         train_envs = make_envs(args, splits, env_options)
         if not isinstance(train_envs.single_action_space, gym.spaces.Box):
             raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected continuous actions")
+        if args.log_dataset:  # refuse actions that no dataset can hold
+            dataset.layout(f"--log-dataset {args.log_dataset}", 1, train_envs.single_action_space)
     except (ValueError, gym.error.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     num_actions = int(np.prod(train_envs.single_action_space.shape))
@@ -405,16 +410,18 @@ if __name__ == "__main__":
     def log_dataset(iteration):
         """Episodes of the policy as it explores now. Their random numbers are their own: training does not notice."""
         path = Path(args.log_dataset) / f"{args.exp_name}__{args.seed}__{global_step}" / "dataset.hdf5"
-        if args.resume and path.exists():
+        if path.exists():
             return  # logged before the run was interrupted
-        noise = torch.Generator().manual_seed(args.seed + iteration)
+        seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0])  # market i takes seed + i
+        noise = torch.Generator().manual_seed(seed)
 
         def act(observation, *_):
             with torch.no_grad():
                 mean = agent.actor(agent.norm(torch.as_tensor(observation).to(device)))
                 action = mean + agent.log_std.exp() * torch.randn(mean.shape, generator=noise).to(device)
-                logprob = agent.log_prob(mean, action)
-            return action.cpu().numpy().clip(lowest, highest), logprob.cpu().numpy()
+                action = action.clamp(torch.as_tensor(lowest).to(device), torch.as_tensor(highest).to(device))
+                logprob = agent.log_prob(mean, action)  # at the action that is recorded: whoever reads it can compute it again
+            return action.cpu().numpy(), logprob.cpu().numpy()
 
         task, costs, panel_sha256, timestamps = {"env_id": args.env_id, "seed": args.seed}, None, None, None
         if is_market:
@@ -425,7 +432,7 @@ if __name__ == "__main__":
         behaviour = {"policy": args.exp_name, "step": global_step, "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
         meta = provenance(task, panel_sha256, costs, run["git_commit"], args.gamma, [behaviour])
         episodes = make_envs(dataclasses.replace(args, num_envs=min(64, args.log_episodes)), splits, env_options)
-        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, args.seed + iteration, timestamps)
+        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed, timestamps)
 
     log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None
@@ -561,9 +568,9 @@ if __name__ == "__main__":
             if score > best_score:
                 best_score, evals_since_best = score, 0
                 best_model = {k: v.clone() for k, v in agent.state_dict().items()}
-        if iteration in log_after:
-            log_dataset(iteration)
         stop_early = args.patience > 0 and evals_since_best >= args.patience
+        if iteration in log_after or (stop_early and num_iterations in log_after):
+            log_dataset(iteration)
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "iteration": num_iterations if stop_early else iteration,

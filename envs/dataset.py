@@ -33,14 +33,14 @@ KEYS = {
     "episode_terminals": np.float32,  # 1 on an episode's last row: `dones` under the name of d3rlpy 1
     "infos/episode_id": np.int64,  # 0, 1, 2, ...
     "infos/mc_return": np.float32,  # discounted rewards from here to the end of the episode, which a timeout cuts short
-    "infos/behavior_logprob": np.float32,
+    "infos/behavior_logprob": np.float32,  # of `actions`: log-probability (Discrete) or log-density (Box)
     "infos/action_mask": np.bool_,  # (A,): Discrete actions allowed at `observations`
     "infos/next_action_mask": np.bool_,  # (A,): and at `next_observations`
-    "infos/pnl": np.float32,
-    "infos/cost": np.float32,
-    "infos/turnover": np.float32,
+    "infos/pnl": np.float32,  # of the step, like the next two, in fractions of equity: gross return
+    "infos/cost": np.float32,  # all costs; the net return is pnl - cost + interest
+    "infos/turnover": np.float32,  # sum of |weight changes|
     "infos/symbol_id": np.int64,
-    "infos/timestamp": np.int64,  # nanoseconds since 1970, UTC
+    "infos/timestamp": np.int64,  # of the bar at which the action was decided: nanoseconds since 1970, UTC
 }
 COMPUTED = ("infos/episode_id", "infos/mc_return")  # known when an episode ends
 REQUIRED = (*(key for key in KEYS if not key.startswith("infos/")), *COMPUTED)  # in every file that DatasetWriter made
@@ -213,7 +213,7 @@ class Dataset:
         return self.keys["observations" if key == "next_observations" else key]
 
     def ranges(self, indices, keys):
-        """First row and end of each episode's transitions, ascending."""
+        """First rows and ends (int64, ascending) of the transitions of the episodes `indices`; raises as `blocks` does."""
         known = {*self.keys, "next_observations"}
         if not keys or not known.issuperset(keys):
             raise DatasetError(f"{self.path}: keys {list(keys)}: expected some of {sorted(known)}")
@@ -228,7 +228,7 @@ class Dataset:
         return starts, stops
 
     def read(self, file, keys, first, stop):
-        """Rows first to stop of the file, whole."""
+        """Rows first to stop of the open h5py `file`, whole: {key: (stop - first, ...)}."""
         rows = {}
         for key in keys:
             dtype, _ = self._row(key)
@@ -307,7 +307,10 @@ def _append(buffer: dict, filled: int, block: dict) -> int:
 
 
 def layout(path, size: int, space: gym.Space) -> dict[str, tuple[type, tuple[int, ...]]]:
-    """Dtype and shape of one row of every key that a dataset with these observations and actions can have."""
+    """Dtype and shape of one row of every key that a dataset with `size` observations and actions of `space` can have.
+
+    Raises DatasetError, which begins with `path`, for actions that are neither Discrete from 0 nor a Box of shape (A,).
+    """
     if isinstance(space, gym.spaces.Discrete) and space.start == 0:
         action, mask = (np.int64, ()), (int(space.n),)
     elif isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
@@ -320,7 +323,7 @@ def layout(path, size: int, space: gym.Space) -> dict[str, tuple[type, tuple[int
 
 
 def check_array(path, key: str, array, shape: tuple[int, ...], dtype):
-    """`array`: NumPy's or h5py's."""
+    """Raise DatasetError unless `array`, NumPy's or h5py's, has this shape and a dtype that is read as `dtype`."""
     if array.shape[:1] != shape[:1]:
         raise DatasetError(f"{path}: {key}: {array.shape[:1]} rows: expected {shape[0]}")
     if array.shape != shape or array.dtype.kind not in _KINDS[dtype]:

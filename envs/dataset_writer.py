@@ -30,7 +30,8 @@ from envs.dataset import (
 from envs.ledger import write_json
 
 COSTS = slice(RECORD.index("commission"), RECORD.index("financing") + 1)
-JOINED = ("env_id", "panel_sha256", "costs", "split", "gamma", "reward_scale", "task")  # must be the same to be joined
+JOINED = ("env_id", "panel_sha256", "costs", "split", "gamma", "reward_scale", "task")  # must be the same to be joined; a
+# task but for its seed, of which the panel's hash says all that matters
 
 # act(observations (n, D), action masks (n, A) or None, rows of the panel (n,) or None) -> actions (n, ...) inside the action
 # space, and their log-probabilities (n,) or None
@@ -68,7 +69,7 @@ class DatasetWriter:
         self.meta, self.num_envs, self.space = dict(meta), num_envs, action_space
         self.episodes = self.steps = 0  # that are finished, and rows that are in the file
         self._layout = layout(path, observation_size, action_space)
-        self._buffer = None  # (slots, num_envs) rows of all keys: the first step says which infos there are
+        self._buffer = None  # (slots, num_envs) rows of all keys: what comes first says which infos there are
         self._length = 0  # slots in use
         self._start = np.zeros(num_envs, np.int64)  # slot of the first step of each market's episode
         self._pending, self._pending_rows = [], 0  # finished episodes that are not in the file yet
@@ -86,8 +87,7 @@ class DatasetWriter:
         Raises DatasetError, and takes nothing, for other shapes, kinds or names, numbers that are not finite, actions that are
         masked out or out of bounds, and an `obs` in mid-episode that is not the last step's `next_obs`.
         """
-        if self._file is None:
-            raise DatasetError(f"{self.path}: the dataset is closed; expected no more steps")
+        self._check_open()
         terminated, truncated = np.asarray(terminated), np.asarray(truncated)
         for name, values in (("terminated", terminated), ("truncated", truncated)):
             check_array(self.path, name, values, (self.num_envs,), np.bool_)
@@ -96,11 +96,7 @@ class DatasetWriter:
             "observations": obs, "next_observations": next_obs, "actions": actions, "rewards": rewards, "terminals": terminated,
             "timeouts": truncated & ~terminated, "dones": done, "episode_terminals": done,
         } | {f"infos/{name}": values for name, values in infos.items()}  # fmt: skip
-        if not (self._length or self.episodes):
-            self._buffer = self._allocate(infos)
-        expected = [key.removeprefix("infos/") for key in self._buffer.dtype.names if key not in REQUIRED]
-        if set(infos) != set(expected):
-            raise DatasetError(f"{self.path}: infos {sorted(infos)}: expected {sorted(expected)}, as at the first step")
+        self._check_infos(infos)
         self._make_room()
         slab = self._buffer[self._length]
         for key, values in columns.items():
@@ -121,19 +117,25 @@ class DatasetWriter:
             self._finish(market)
 
     def extend(self, source: Dataset, infos: Sequence[str]):
-        """Append all episodes of another dataset, with these of its infos (`OPTIONAL`).
+        """Append all episodes of another dataset, with these of its infos (`OPTIONAL`): those of the rows before, if any.
 
-        Raises DatasetError if `source` has other observations, actions, gamma or infos, and while an episode is unfinished.
+        Raises DatasetError, and takes nothing, where `source` lacks one of them or has another gamma, action space, or type or
+        size of a key; while an episode is unfinished here; and after `close`.
         """
-        keys = [*REQUIRED, *(f"infos/{name}" for name in OPTIONAL if name in infos)]
-        rows = {key: source.keys.get(key) for key in keys}
-        if rows != {key: self._layout.get(key) for key in keys} or source.action_space != self.space:
-            raise DatasetError(f"{source.path}: expected {keys} for {self.space}, as in {self.path}")
-        if (self._start < self._length).any() or source.meta.get("gamma") != self.meta["gamma"]:
-            raise DatasetError(f"{source.path}: expected gamma {self.meta['gamma']}, and no unfinished episode in {self.path}")
+        self._check_open()
+        if (self._start < self._length).any():
+            raise DatasetError(f"{self.path}: in mid-episode; expected all episodes to be over before {source.path} follows")
+        self._check_infos(infos)
+        row = self._buffer.dtype
+        for name, found, expected in (
+            ("gamma", source.meta.get("gamma"), self.meta["gamma"]), ("action space", source.action_space, self.space),
+            *((key, source.keys.get(key), self._layout[key]) for key in row.names),
+        ):  # fmt: skip
+            if found != expected:
+                raise DatasetError(f"{source.path}: {name}: {found}: expected {expected}, as in {self.path}")
         everything = np.arange(len(source.terminated))
-        for block in source.blocks(everything, tuple(keys)):
-            part = np.empty(len(block["rewards"]), [(key, *self._layout[key]) for key in keys])
+        for block in source.blocks(everything, row.names):
+            part = np.empty(len(block["rewards"]), row)
             for key, values in block.items():
                 part[key] = values
             part["infos/episode_id"] += self.episodes
@@ -180,12 +182,23 @@ class DatasetWriter:
         else:
             self.drop()
 
-    def _allocate(self, infos):
-        unknown = [name for name in infos if name not in OPTIONAL or f"infos/{name}" not in self._layout]
-        if unknown:
-            raise DatasetError(f"{self.path}: infos {unknown}: expected some of {OPTIONAL}, masks for Discrete actions only")
-        keys = [key for key in KEYS if key in REQUIRED or key.removeprefix("infos/") in infos]
-        return np.zeros((64, self.num_envs), [(key, *self._layout[key]) for key in keys])
+    def _check_open(self):
+        if self._file is None:
+            raise DatasetError(f"{self.path}: the dataset is closed; expected no more steps")
+
+    def _check_infos(self, infos):
+        """All rows have the same infos: until any have been taken, these."""
+        if not (self._length or self.episodes):
+            unknown = [name for name in infos if name not in OPTIONAL or f"infos/{name}" not in self._layout]
+            if unknown:
+                raise DatasetError(
+                    f"{self.path}: infos {unknown}: expected some of {OPTIONAL}, masks for Discrete actions only"
+                )
+            keys = [key for key in KEYS if key in REQUIRED or key.removeprefix("infos/") in infos]
+            self._buffer = np.zeros((64, self.num_envs), [(key, *self._layout[key]) for key in keys])
+        expected = [key.removeprefix("infos/") for key in self._buffer.dtype.names if key not in REQUIRED]
+        if set(infos) != set(expected):
+            raise DatasetError(f"{self.path}: infos {sorted(infos)}: expected {sorted(expected)}, as at the first step")
 
     def _make_room(self):
         if self._length < len(self._buffer):
@@ -233,11 +246,17 @@ class DatasetWriter:
 def log_episodes(
     path: str | Path, envs: gym.vector.VectorEnv, act: Actor, episodes: int, meta: dict, seed: int, timestamps=None
 ) -> int:
-    """Write at least so many episodes of a policy on `envs` (SAME_STEP autoreset) to a dataset; returns its steps.
+    """Write at least `episodes` episodes of a policy on `envs` (SAME_STEP autoreset) to a dataset; returns its steps.
 
-    Actions are recorded as executed. Markets add pnl, cost and turnover, and their time, if `timestamps` (T,) of the panel are
-    given. The markets stop together: episodes that are not over then count as timeouts.
+    path, meta: as `DatasetWriter` takes them; seed: as `envs.reset` does. Actions are recorded as executed. Markets add pnl,
+    cost and turnover, and, if the panel's `timestamps` (T,) datetime64 are given, the time of the bar at which each action
+    was decided. The markets stop together: episodes that are not over then count as timeouts.
+
+    Raises DatasetError as `DatasetWriter` does, and for episodes below 1; what `envs` and `act` raise passes. Neither leaves a
+    dataset.
     """
+    if episodes < 1:
+        raise DatasetError(f"{path}: episodes={episodes}: expected at least 1")
     obs, infos = envs.reset(seed=seed)
     n = envs.num_envs
     size = int(np.prod(envs.single_observation_space.shape))
@@ -270,26 +289,39 @@ def log_episodes(
 def merge(path: str | Path, sources: Sequence[str | Path]) -> int:
     """Join datasets of the same terms (`JOINED`) into one, its behaviours those of all; returns its steps.
 
-    Keeps the infos that all of them have. Raises DatasetError naming the file and the field that differs from the first's.
+    The sources stay as they are. Keeps the infos that all of them have; of the meta the terms, and `seed` and `git_commit`
+    where all agree, else None. Memory holds two blocks of rows, whatever the sources' length.
+
+    Raises DatasetError naming the file and the field that differs from the first's, for a source that comes twice, and as
+    `Dataset` and `DatasetWriter` do.
     """
     if not sources:
         raise DatasetError(f"{path}: no datasets to join; expected at least one")
     datasets = [Dataset(source) for source in sources]
-    first = datasets[0]
+    first, seen = datasets[0], {}
     for other in datasets:
         lacking = [name for name in PROVENANCE if name not in other.meta]
         if lacking:
             raise DatasetError(f"{other.path}: no {META} with {lacking}; expected what DatasetWriter wrote")
         for name in JOINED:
-            if other.meta.get(name) != first.meta.get(name):
-                raise DatasetError(
-                    f"{other.path}: {name} {other.meta.get(name)}: expected {first.meta.get(name)}, as in {first.path}"
-                )
+            found, expected = _term(other, name), _term(first, name)
+            if found != expected:
+                raise DatasetError(f"{other.path}: {name} {found}: expected {expected}, as in {first.path}")
+        twin = seen.setdefault(other.meta["sha256"], other.path)
+        if twin is not other.path:
+            raise DatasetError(f"{other.path}: holds what {twin} holds; expected each dataset once")
     infos = [name for name in OPTIONAL if all(f"infos/{name}" in other.keys for other in datasets)]
     given = {name: first.meta[name] for name in (*PROVENANCE, "task") if name in first.meta}
-    behaviours = [behaviour for other in datasets for behaviour in other.meta["behaviours"]]
-    size = first.keys["observations"][1][0]
-    with DatasetWriter(path, size, first.action_space, given | {"behaviours": behaviours}, num_envs=1) as writer:
+    for name in ("seed", "git_commit"):
+        if any(other.meta[name] != first.meta[name] for other in datasets):
+            given[name] = None
+    given["behaviours"] = [behaviour for other in datasets for behaviour in other.meta["behaviours"] or ()]
+    with DatasetWriter(path, first.keys["observations"][1][0], first.action_space, given, num_envs=1) as writer:
         for other in datasets:
             writer.extend(other, infos)
     return writer.steps
+
+
+def _term(dataset: Dataset, name: str):
+    term = dataset.meta.get(name)
+    return {key: value for key, value in term.items() if key != "seed"} if name == "task" and term else term

@@ -8,20 +8,21 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections import Counter
+from dataclasses import replace as with_changes
 from itertools import islice
 
 import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from conftest import CONFIG, ROOT, make_env
+from conftest import CONFIG, ROOT, make_env, portfolio_data, random_actions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs import dataset, dataset_export
+from envs.costs import RECORD
 from envs.dataset import CHUNK, FLAGS, KEYS, PROVENANCE, REQUIRED, TRANSITION, Dataset, DatasetError, validate
-from envs.dataset_writer import DatasetWriter
+from envs.dataset_writer import DatasetWriter, log_episodes, merge
 from envs.leadlag_tables import LeadLagData
 
 GAMMA = 0.9
@@ -31,8 +32,8 @@ ORDERS = gym.spaces.Discrete(4)
 SIZE = 3
 
 
-def collect(path, space=WEIGHTS, steps=60, markets=3, end=0.1, seed=0, size=SIZE, lengths=None) -> dict[str, np.ndarray]:
-    """Write random steps; returns what must be in the file, put together market by market.
+def collect(path, space=WEIGHTS, steps=60, markets=3, end=0.1, seed=0, size=SIZE, lengths=None, meta=None):
+    """Write random steps; returns what must be in the file, key -> rows, put together market by market.
 
     Episodes end by chance `end`, or after lengths[market] = [steps, ...]. Rewards are those of the whole history, numbered.
     """
@@ -42,7 +43,7 @@ def collect(path, space=WEIGHTS, steps=60, markets=3, end=0.1, seed=0, size=SIZE
     schedule = [set(np.cumsum(of_market)) for of_market in lengths or ()]
     obs, mask = rng.normal(size=(markets, size)).astype(np.float32), rng.random((markets, 4)) < 0.5
     mask[:, 1] = True
-    with DatasetWriter(path, size, space, META, markets) as writer:
+    with DatasetWriter(path, size, space, META | (meta or {}), markets) as writer:
         for step in range(steps):
             ended = np.array([step + 1 in stops for stops in schedule]) if lengths else rng.random(markets) < end
             how = rng.integers(3, size=markets)
@@ -172,29 +173,68 @@ def test_any_lengths_of_episodes(tmp_path_factory, lengths, steps):
         np.testing.assert_array_equal(values, found[key], err_msg=key)
 
 
-def test_what_a_market_environment_says(small_panel, tmp_path):
-    """LeadLag-v0 with random allowed actions, recorded as a collector does it."""
-    envs = make_env(LeadLagData(small_panel, CONFIG), 4, split="train", episode_length=20)
-    obs, infos = envs.reset(seed=0)
-    rng, path = np.random.default_rng(0), tmp_path / "d.hdf5"
-    with DatasetWriter(path, obs.shape[1], envs.single_action_space, META, 4) as writer:
-        for _ in range(50):
-            mask = infos["action_mask"]
-            actions = np.array([rng.choice(np.flatnonzero(row)) for row in mask])
-            next_obs, rewards, terminated, truncated, infos = envs.step(actions)
-            after, after_mask, done = next_obs, infos["action_mask"], (terminated | truncated)[:, None]
-            if done.any():
-                after, after_mask = (
-                    np.where(done, infos["final_obs"], after),
-                    np.where(done, infos["final_action_mask"], after_mask),
-                )
-            writer.add(
-                obs, actions, rewards, terminated, truncated, after, action_mask=mask, next_action_mask=after_mask,
-                symbol_id=np.arange(4),
-            )  # fmt: skip
-            obs = next_obs
-    data = Dataset(path, envs.single_action_space)
-    assert Counter(np.diff(data.starts)) == {20: 8, 10: 4} and not data.terminated.any()
+@pytest.mark.parametrize("kind", ["LeadLag-v0", "Portfolio-v0"])
+def test_episodes_of_a_market(kind, small_panel, tmp_path):
+    """Row by row what the environment said, in episodes from random bars to the end of their range, or to ruin."""
+    if kind == "LeadLag-v0":
+        data = LeadLagData(small_panel, with_changes(CONFIG, gross=45.0))
+    else:
+        data = portfolio_data("changes", small_panel, tmp_path / "groups.csv", gross=40.0, asset_cap=40.0, costs="retail")
+    envs = make_env(data, 5, split="train", episode_length=0)
+    actions, step, drawn, said = iter(random_actions(envs, 2000)), envs.step, [], []
+
+    def spied(chosen):
+        said.append(step(chosen))
+        return said[-1]
+
+    def act(obs, mask, row):
+        chosen = next(actions)
+        if mask is not None:
+            chosen = np.where(mask[np.arange(5), chosen], chosen, mask.argmax(axis=1))
+        drawn.append((obs, mask, row, chosen, np.log(0.5 + row % 2)))
+        return drawn[-1][3:]
+
+    envs.step = spied
+    steps = log_episodes(tmp_path / "d.hdf5", envs, act, 12, META, 3, small_panel.timestamps)
+    found, data = read(tmp_path / "d.hdf5"), Dataset(tmp_path / "d.hdf5", envs.single_action_space)
+    expected, running = [], [[] for _ in range(5)]
+    for t, ((before, mask, row, chosen, logprob), (obs, reward, terminated, truncated, infos)) in enumerate(zip(drawn, said)):
+        over, record = terminated | truncated, dict(zip(RECORD, infos["record"].T))
+        np.testing.assert_array_equal(infos["decided_at"], row)
+        for i in sorted(range(5), key=lambda i: not over[i]):  # at the last step, those that it cuts come last
+            last = over[i] or t == len(said) - 1
+            want = {
+                "observations": before[i], "next_observations": infos["final_obs"][i] if over[i] else obs[i],
+                "actions": chosen[i], "rewards": reward[i], "terminals": terminated[i], "dones": last,
+                "timeouts": last and not terminated[i], "episode_terminals": last, "infos/behavior_logprob": logprob[i],
+                "infos/pnl": record["gross_return"][i], "infos/turnover": record["turnover"][i],
+                "infos/timestamp": small_panel.timestamps[row[i]].astype("datetime64[ns]").astype(np.int64),
+                "net": record["net_return"][i], "interest": record["interest"][i],
+            }  # fmt: skip
+            if mask is not None:
+                after = infos["final_action_mask"][i] if over[i] else infos["action_mask"][i]
+                want |= {"infos/action_mask": mask[i], "infos/next_action_mask": after}
+            running[i].append(want)
+            if last:
+                expected += running[i]
+                running[i] = []
+    assert steps == len(expected) == 5 * len(said) and data.meta["steps"] == steps
+    columns = {key: np.array([want[key] for want in expected]) for key in expected[0]}
+    net, interest = columns.pop("net"), columns.pop("interest")
+    assert set(found) - set(columns) == {"infos/episode_id", "infos/mc_return", "infos/cost"}
+    for key, values in columns.items():
+        np.testing.assert_array_equal(found[key], values.astype(found[key].dtype), err_msg=key)
+    np.testing.assert_allclose(found["infos/pnl"] - found["infos/cost"] + interest, net, atol=1e-5)
+    assert (found["infos/cost"] > 0).mean() > 0.5
+    lengths = np.diff(data.starts)
+    assert 3 <= data.terminated.sum() <= len(lengths) - 3 and len(lengths) >= 12 and len(set(lengths)) > 8
+    reset = {row.tobytes() for row in found["observations"][data.starts[:-1]]}
+    assert not reset & {row.tobytes() for row in found["next_observations"]}
+
+
+def test_episodes_need_some(tmp_path):
+    with pytest.raises(DatasetError, match="d.hdf5: episodes=0: expected at least 1"):
+        log_episodes(tmp_path / "d.hdf5", None, None, 0, META, 0)
 
 
 def put(key, row, value):
@@ -720,3 +760,121 @@ def test_batches_say_what_is_wrong(large):
         large.batches(range(99), 256, 0, 1.0)
     least = float(re.search(r"at least (\d+)", str(error.value)).group(1))
     assert next(large.batches(range(99), 256, 0, least))["rewards"].shape == (256,)
+
+
+# --- datasets joined
+
+
+def test_merged(tmp_path):
+    """One after the other, in rows of several chunks; what only one of them knows is left out, the sources as they were."""
+    task = {"env_id": "Toy-v0", "market": "toy", "seed": 3}
+    differing = [(400, {"task": task}), (60, {"task": task | {"seed": 4}, "seed": 4}), (500, {"task": task, "git_commit": "a"})]
+    sources = [tmp_path / str(n) / "d.hdf5" for n in range(4)]
+    for n, (steps, meta) in enumerate(differing):
+        collect(sources[n], steps=steps, seed=n, meta={"behaviours": [{"step": n}]} | meta)
+    with DatasetWriter(sources[3], SIZE, WEIGHTS, META | {"behaviours": [{"step": 3}], "task": task}, 1) as writer:
+        no = np.zeros(1, bool)
+        for step in range(7):  # without a timestamp, but with a cost
+            now, then = np.full((1, SIZE), step), np.full((1, SIZE), step + 1.0)
+            writer.add(now, np.full((1, 2), 0.5), np.ones(1), no, no, then, pnl=np.full(1, 0.1), cost=np.ones(1))
+    parts = [read(source) for source in sources]
+    before = [[(p.name, p.read_bytes()) for p in sorted(source.parent.iterdir())] for source in sources]
+
+    path = tmp_path / "all" / "d.hdf5"
+    assert merge(path, sources) == sum(len(part["rewards"]) for part in parts) == 2887
+    assert [[(p.name, p.read_bytes()) for p in sorted(source.parent.iterdir())] for source in sources] == before
+    data, found = Dataset(path), read(path)
+    assert set(found) == {*REQUIRED, "infos/pnl"}
+    counts = [part["infos/episode_id"][-1] + 1 for part in parts]
+    for part, earlier in zip(parts, np.cumsum([0, *counts])):
+        part["infos/episode_id"] += earlier
+    for key, values in found.items():
+        np.testing.assert_array_equal(values, np.concatenate([part[key] for part in parts]), err_msg=key)
+    assert data.meta["episodes"] == sum(counts) and data.meta["behaviours"] == [{"step": n} for n in range(4)]
+    assert data.meta["task"] == task and data.meta["seed"] is data.meta["git_commit"] is None and "note" not in data.meta
+    assert merge(tmp_path / "one" / "d.hdf5", sources[:1]) == 1200 and Dataset(tmp_path / "one" / "d.hdf5").meta["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"env_id": "Other-v0"}, "env_id Other-v0: expected Toy-v0"),
+        ({"panel_sha256": "ab"}, "panel_sha256 ab: expected None"),
+        ({"costs": {"name": "dear"}}, "costs .*dear.*: expected None"),
+        ({"split": "val"}, "split val: expected None"),
+        ({"gamma": 0.8}, "gamma 0.8: expected 0.9"),
+        ({"reward_scale": 2.0}, "reward_scale 2.0: expected None"),
+        ({"task": {"seed": 3, "embargo": 5}}, "task .*embargo.*: expected None"),
+        ({"space": ORDERS}, r"action space: Discrete\(4\): expected Box"),
+        ({"space": gym.spaces.Box(-1, 1, (2,))}, r"action space: Box.*: expected Box"),
+        ({"size": 4}, r"observations: .*\(4,\).*: expected .*\(3,\)"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_other_terms_are_not_joined(made, tmp_path, change, message):
+    first, other = made["weights"] / "d.hdf5", tmp_path / "other" / "d.hdf5"
+    collect(other, seed=1, **change if {"space", "size"} & set(change) else {"meta": change})
+    with pytest.raises(DatasetError, match=f"^{re.escape(str(other))}: {message}.*, as in "):
+        merge(tmp_path / "all" / "d.hdf5", [first, other])
+    assert not list(tmp_path.glob("all/*"))
+
+
+def test_what_cannot_be_joined(made, copy, tmp_path):
+    path, target = copy(), tmp_path / "all" / "d.hdf5"
+    with pytest.raises(DatasetError, match="no datasets to join; expected at least one"):
+        merge(target, [])
+    with pytest.raises(DatasetError, match=f"{path}: holds what .* holds; expected each dataset once"):
+        merge(target, [made["weights"] / "d.hdf5", path])
+    with pytest.raises(DatasetError, match="there is a dataset in this folder already"):
+        merge(path, [path])
+    assert Dataset(path).meta["steps"] == 180
+    path.with_name("dataset_meta.json").unlink()
+    with pytest.raises(DatasetError, match=f"{path}: no dataset_meta.json with .*'gamma'"):
+        merge(target, [made["weights"] / "d.hdf5", path])
+    path.write_bytes(path.read_bytes()[:999])
+    with pytest.raises(DatasetError, match=f"{path}: .*expected a"):
+        merge(target, [made["weights"] / "d.hdf5", path])
+    assert not list(tmp_path.glob("all/*"))
+
+
+def test_episodes_of_a_dataset_follow_whole_ones_with_the_same_infos(made, tmp_path):
+    source, path, other = Dataset(made["weights"] / "d.hdf5"), tmp_path / "d.hdf5", tmp_path / "other" / "d.hdf5"
+    obs, action, no = np.zeros((1, SIZE)), np.zeros((1, 2)), np.zeros(1, bool)
+    with DatasetWriter(path, SIZE, WEIGHTS, META, 1) as writer:
+        for refused, message in (("cost", "infos/cost: None: expected"), ("profit", "infos .'profit'.: expected some of")):
+            with pytest.raises(DatasetError, match=message):
+                writer.extend(source, [refused])
+        writer.add(obs, action, np.ones(1), no, no, obs, pnl=np.ones(1))
+        with pytest.raises(DatasetError, match="d.hdf5: in mid-episode; expected all episodes to be over before"):
+            writer.extend(source, ["pnl"])
+        writer.add(obs, action, np.ones(1), ~no, no, obs, pnl=np.ones(1))
+        for infos in ([], ["timestamp"], ["pnl", "timestamp"]):
+            with pytest.raises(DatasetError, match=r"infos .*: expected \['pnl'\], as at the first step"):
+                writer.extend(source, infos)
+        writer.extend(source, ["pnl"])
+        writer.add(obs, action, np.ones(1), no, ~no, obs, pnl=np.ones(1))
+    with pytest.raises(DatasetError, match="the dataset is closed"):
+        writer.extend(source, ["pnl"])
+    with DatasetWriter(other, SIZE, WEIGHTS, META, 1) as writer:
+        writer.extend(source, ["pnl"])
+        with pytest.raises(DatasetError, match=r"infos \[\]: expected \['pnl'\]"):
+            writer.add(obs, action, np.ones(1), no, ~no, obs)
+        writer.add(obs, action, np.ones(1), no, ~no, obs, pnl=np.ones(1))
+    assert [Dataset(p).meta["episodes"] - len(source.terminated) for p in (path, other)] == [2, 1]
+    np.testing.assert_array_equal(read(path)["rewards"][2:-1], read(source.path)["rewards"])
+
+
+def test_joining_takes_little_memory(tmp_path):
+    """However long the sources are: 10^5 rows of 20 observations, 20 MiB, in episodes of 50."""
+    rng, markets = np.random.default_rng(0), 100
+    path, obs, no = tmp_path / "long" / "d.hdf5", rng.normal(size=(markets, 20)), np.zeros(markets, bool)
+    with DatasetWriter(path, 20, WEIGHTS, META, markets) as writer:
+        for step in range(1000):
+            over = (step + np.arange(markets)) % 50 == 0
+            writer.add(obs, np.zeros((markets, 2)), rng.normal(size=markets), no, over, obs)
+    collect(tmp_path / "short" / "d.hdf5", size=20)
+    tracemalloc.start()
+    steps = merge(tmp_path / "all" / "d.hdf5", [path, tmp_path / "short" / "d.hdf5"])
+    peak = tracemalloc.get_traced_memory()[1] / 2**20
+    tracemalloc.stop()
+    assert steps == 100_180 and peak < 4.0, f"{peak:.1f} MiB"
