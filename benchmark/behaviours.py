@@ -36,8 +36,7 @@ def weights_actor(data: PortfolioData, targets: np.ndarray, noise: float, rng: n
     """Orders in Portfolio-v0 the weights targets[t] (T, N) at row t, noise of standard deviation `noise` on scores.
 
     NaN is no order: the weight held. An account that holds nothing, as at the start of an episode, takes over what was ordered
-    last: an episode may begin between two orders. The log-probability is that of the scores as drawn, before they are
-    clipped; None without noise.
+    last: an episode may begin between two orders. Without noise there is no log-probability.
     """
     taken_over = pd.DataFrame(targets).groupby(data.panel.segment_of_row).ffill().to_numpy()
 
@@ -74,15 +73,25 @@ def scores(data: PortfolioData, targets: np.ndarray, held: np.ndarray, rows: np.
 
 
 def explore(mean: np.ndarray, std: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scores (n, A) float32 drawn around `mean` and clipped; log-density (n,) of what was drawn, None if std is 0."""
-    drawn = mean + std * rng.standard_normal(mean.shape)
-    logprob = norm.logpdf(drawn, mean, std).sum(axis=1) if std > 0.0 else None
-    return drawn.clip(-LARGEST, LARGEST).astype(np.float32), logprob
+    """Scores (n, A) float32 drawn around `mean` and clipped; the log-density (n,) of these, None if std is 0."""
+    scores = (mean + std * rng.standard_normal(mean.shape)).clip(-LARGEST, LARGEST).astype(np.float32)
+    return scores, norm.logpdf(scores, mean, std).sum(axis=1) if std > 0.0 else None
 
 
-def random_scores(size: int, rng: np.random.Generator) -> Actor:
-    """Independent normal scores (n, size) of standard deviation RANDOM_STD."""
-    return lambda obs, mask, rows: explore(np.zeros((len(obs), size)), RANDOM_STD, rng)
+def random_actor(data: PortfolioData, size: int, rng: np.random.Generator) -> Actor:
+    """Independent normal scores (n, size) of standard deviation RANDOM_STD.
+
+    Where scores are changes of the weights held, their means undo these: the weights ordered do not wander off.
+    """
+
+    def act(obs, mask, rows):
+        centre = np.zeros((len(obs), size))
+        if data.config.orders == "change":
+            held = obs[:, data.layout["weights"]]
+            centre[:, : held.shape[1]] = np.clip(-held / data.scale, -LARGEST, LARGEST)
+        return explore(centre, RANDOM_STD, rng)
+
+    return act
 
 
 def lookback_actor(choice: np.ndarray, epsilon: float, rng: np.random.Generator) -> Actor:
@@ -125,7 +134,7 @@ def log_dataset(name: str, s: Setting, args, targets: np.ndarray, commit: str | 
         options = dict(guard=RegimeGuard(), reward_weights=weights, cvar_alpha=0.05, episode_length=args.episode_length)
         envs = PortfolioVectorEnv(data=data, **markets, **options)
         size, exploration = envs.single_action_space.shape[0], {"noise": noise}
-        act = random_scores(size, rng) if name == "random" else weights_actor(data, targets, noise, rng)
+        act = random_actor(data, size, rng) if name == "random" else weights_actor(data, targets, noise, rng)
     task = describe_task(env_id, args, data.config, **options)
     if env_id == "LeadLag-v0" and not (args.columns or args.series):  # its scripts have no such flags
         task = {key: value for key, value in task.items() if key not in SERIES}

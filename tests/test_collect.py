@@ -22,7 +22,7 @@ from envs.dataset_writer import merge
 from envs.leadlag import LeadLagVectorEnv
 from envs.leadlag_tables import LeadLagConfig
 from envs.portfolio import LARGEST, PortfolioVectorEnv
-from envs.portfolio_tables import PortfolioConfig
+from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import make_panel
 from envs.task import Task
 
@@ -131,17 +131,27 @@ def test_what_no_score_reaches_is_left_to_cash():
     np.testing.assert_allclose(ordered, np.broadcast_to(expected, ordered.shape), atol=2e-6)
 
 
-def test_log_probabilities_of_scores_are_those_of_what_was_drawn():
+def test_log_probabilities_of_scores_are_those_of_the_action_that_is_logged():
     mean = np.array([[0.5, -9.9], [0.0, 0.0]])
     actions, logprob = behaviours.explore(mean, 0.2, Stub([[1.0, -2.0]]))
     np.testing.assert_allclose(actions, [[0.7, -10.0], [0.2, -0.4]], rtol=1e-6)
-    density = np.log(1 / (0.2 * np.sqrt(2 * np.pi))) * 2 - 0.5 * (1.0 + 4.0)  # clipped, but its density is that of -10.3
-    np.testing.assert_allclose(logprob, density, rtol=1e-12)
+    density = np.log(1 / (0.2 * np.sqrt(2 * np.pi))) * 2 - 0.5 * (1.0 + 0.5**2)  # of what was clipped
+    np.testing.assert_allclose(logprob, density, rtol=1e-5)
     still, none = behaviours.explore(mean, 0.0, Stub([[1.0, -2.0]]))
     assert none is None and still.tolist() == mean.astype(np.float32).tolist()
-    actions, logprob = behaviours.random_scores(5, np.random.default_rng(0))(np.zeros((4000, 9)), None, None)
-    assert actions.shape == (4000, 5) and abs(actions.mean()) < 0.02 and actions.std() == pytest.approx(0.5, rel=0.02)
-    np.testing.assert_allclose(logprob, (-2.0 * actions**2).sum(1) - 5 * np.log(0.5 * np.sqrt(2 * np.pi)), atol=1e-5)
+
+
+@pytest.mark.parametrize("orders", ["target", "change"])
+def test_random_weights(small, orders):
+    """The weights asked for are the same in both kinds of orders, whatever is held."""
+    data = PortfolioData(small.panel, replace(small.portfolio, orders=orders, scale=0.5))
+    obs = np.random.default_rng(1).normal(scale=0.3, size=(4000, data.observation_size))
+    held, size = obs[:, data.layout["weights"]], small.panel.num_symbols + 1
+    actions, logprob = behaviours.random_actor(data, size, np.random.default_rng(0))(obs, None, None)
+    wanted = actions.astype(np.float64)
+    wanted[:, :-1] += held / 0.5 if orders == "change" else 0.0
+    assert actions.shape == (4000, size) and abs(wanted.mean()) < 0.02 and wanted.std() == pytest.approx(0.5, rel=0.02)
+    np.testing.assert_allclose(logprob, (-2.0 * wanted**2).sum(1) - size * np.log(0.5 * np.sqrt(2 * np.pi)), atol=1e-4)
 
 
 def lookbacks(data, act, steps, split):
