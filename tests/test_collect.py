@@ -135,7 +135,7 @@ def test_log_probabilities_of_scores_are_those_of_the_action_that_is_logged():
     mean = np.array([[0.5, -9.9], [0.0, 0.0]])
     actions, logprob = behaviours.explore(mean, 0.2, Stub([[1.0, -2.0]]))
     np.testing.assert_allclose(actions, [[0.7, -10.0], [0.2, -0.4]], rtol=1e-6)
-    density = np.log(1 / (0.2 * np.sqrt(2 * np.pi))) * 2 - 0.5 * (1.0 + 0.5**2)  # of what was clipped
+    density = np.log(1 / (0.2 * np.sqrt(2 * np.pi))) * 2 - 0.5 * np.array([1.0 + 0.5**2, 1.0 + 4.0])  # -9.9 and the clipped -10
     np.testing.assert_allclose(logprob, density, rtol=1e-5)
     still, none = behaviours.explore(mean, 0.0, Stub([[1.0, -2.0]]))
     assert none is None and still.tolist() == mean.astype(np.float32).tolist()
