@@ -1,6 +1,7 @@
 """Behaviour cloning (Pomerleau 1991) of logged data, or of the best episodes in them."""
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -328,7 +329,7 @@ if __name__ == "__main__":
     for step in range(first_step, args.gradient_steps + 1):
         tick = time.perf_counter()
         batch = next(batches)
-        decay = 0.5 * (1.0 + np.cos(np.pi * (step - 1) / args.gradient_steps))
+        decay = 0.5 * (1.0 + math.cos(math.pi * (step - 1) / args.gradient_steps))
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         logs, logged = logs + update(to_tensors(batch, agent, device)), logged + 1
         train_seconds += time.perf_counter() - tick

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -448,7 +449,7 @@ if __name__ == "__main__":
             pick = torch.randint(filled, (args.batch_size - half,))
             batch = {key: torch.cat([torch.as_tensor(value[:half]), buffer[key][pick]]) for key, value in batch.items()}
 
-        decay = 1.0 if online else 0.5 * (1.0 + np.cos(np.pi * (step - 1) / args.gradient_steps))
+        decay = 1.0 if online else 0.5 * (1.0 + math.cos(math.pi * (step - 1) / args.gradient_steps))
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         logs, logged = logs + update(to_tensors(batch, agent, device)), logged + 1
         train_seconds += time.perf_counter() - tick
