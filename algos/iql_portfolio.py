@@ -245,7 +245,7 @@ if __name__ == "__main__":
 
     # Data, and the market that they come from; what is wrong with them is said in one line
     try:
-        data = Dataset(args.dataset)
+        data = Dataset(args.dataset, gym.make(args.env_id).action_space if args.env_id else None)
         task = Task.of(data)
         env_id = task.env_id if task else args.env_id
         if env_id is None and data.meta.get("env_id") in gym.registry:
