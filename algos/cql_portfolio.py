@@ -259,19 +259,19 @@ if __name__ == "__main__":
         checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
         args = Args(**{**checkpoint["args"], "resume": args.resume})
     for flag in (
-        "gradient_steps",
-        "batch_size",
-        "eval_every",
-        "checkpoint_every",
-        "eval_episodes",
-        "finetune_envs",
-        "hidden",
-        "samples",
-    ):
+        "gradient_steps", "batch_size", "eval_every", "checkpoint_every", "eval_episodes",
+        "finetune_envs", "finetune_updates", "hidden", "samples",
+    ):  # fmt: skip
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
     if args.alpha < 0.0:
         sys.exit(f"--alpha {args.alpha}: expected 0 or more")
+    if args.gamma is not None and not 0.0 <= args.gamma <= 1.0:
+        sys.exit(f"--gamma {args.gamma}: expected 0 to 1")
+    if args.finetune_steps < 0:
+        sys.exit(f"--finetune-steps {args.finetune_steps}: expected 0 or more")
+    if args.explore_drawdown <= 0.0:
+        sys.exit(f"--explore-drawdown {args.explore_drawdown}: expected above 0")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
 
     # Seed, threads, device
