@@ -15,11 +15,12 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AutoresetMode
 from scripts import Run, Script
 
 from envs import ledger
-from envs.dataset import PROVENANCE
+from envs.dataset import PROVENANCE, TRANSITION, Dataset
 from envs.dataset_writer import DatasetWriter, log_episodes
 from envs.leadlag_tables import LeadLagConfig
 from envs.ledger import LEDGER
@@ -192,6 +193,24 @@ def toy(path: Path, discrete: bool, spoil=(), episodes=40, length=12, masked=Fal
     return write(path, space, told, **meta)
 
 
+def chain(path, length=5, seed=0):
+    """A deterministic chain of one-hot states: 1 steps right and 0 left; the last step right pays 1 and ends the episode. The
+    behaviour mostly steps left, and episodes time out after 12 steps."""
+    rng, told = np.random.default_rng(seed), []
+    seen = np.eye(length, dtype=np.float32)
+    for _ in range(120):
+        state, rows = rng.integers(length), []
+        for t in range(12):
+            action = int(rng.random() < 0.35)
+            following, over = max(0, state + 2 * action - 1), state == length - 1 and action == 1
+            rows.append((seen[state], action, float(over), seen[min(following, length - 1)], over, not over and t == 11))
+            if over:
+                break
+            state = following
+        told.append(rows)
+    return write(path, gym.spaces.Discrete(2), told)
+
+
 def write_foreign(path: Path, discrete: bool, rows=600, episode=20, seed=0, **more) -> Path:
     """A file without meta, with the least that is read: episodes of 20 steps."""
     rng = np.random.default_rng(seed)
@@ -270,3 +289,36 @@ def base(script, short, finished, few_resamples, keep_checkpoints, capsys) -> Ru
         shutil.move(made, kept / "run")
         runs[key] = Run(kept / "run", subprocess.CompletedProcess(short, 0, capsys.readouterr().out))
     return runs[key]
+
+
+def rows_of(path: Path, **changes) -> dict[str, np.ndarray]:
+    """All rows of a dataset as a script's batch, in the order of the file, with other values for some keys."""
+    data = Dataset(path)
+    keys = [key for key in (*TRANSITION, "infos/action_mask", "infos/next_action_mask", "infos/mc_return") if key in data.keys]
+    blocks = list(data.blocks(np.arange(len(data.terminated)), tuple(keys)))
+    return {key: np.concatenate([block[key] for block in blocks]) for key in keys} | changes
+
+
+def network(mlp, k: int, x: torch.Tensor) -> torch.Tensor:
+    """What the `k`-th of an MLP's networks makes of its whole input: (n, D) -> (n, out)."""
+    for n, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases)):
+        x = x @ weight[k] + bias[k]
+        x = torch.relu(x) if n < 2 else x
+    return x
+
+
+def shake(agent, seed=0):
+    """Other weights, so that no two networks are alike and no output is near 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def assert_gradients(agent, loss, parameters: str):
+    """The gradients that an update left in some of the agent's parameters are those of `loss`, from a copy of the agent."""
+    names = [name for name, _ in agent.named_parameters() if name.startswith(parameters)]
+    copied, total = loss
+    found = torch.autograd.grad(total, [copied.get_parameter(name) for name in names], retain_graph=True)
+    for name, expected in zip(names, found, strict=True):
+        torch.testing.assert_close(agent.get_parameter(name).grad, expected, rtol=2e-4, atol=2e-5, msg=name)

@@ -14,13 +14,25 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from offline import CASES, GRADIENT_STEPS, MARKET_STEPS, edit_meta, log_gymnasium, market_meta, toy, write_foreign
-from scripts import Run, assert_same_content, assert_same_ledger, assert_same_run
+from offline import (
+    CASES,
+    GRADIENT_STEPS,
+    MARKET_STEPS,
+    chain,
+    edit_meta,
+    log_gymnasium,
+    market_meta,
+    shake,
+    toy,
+    write_foreign,
+)  # fmt: skip
+from scripts import Run, Toy, assert_same_content, assert_same_ledger, assert_same_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_scripts import (  # noqa: F401 (they hold of all scripts)
     test_ledger_holds_every_bar_and_every_score,
@@ -467,3 +479,116 @@ def test_help_lists_and_explains_every_flag(script, inside, monkeypatch, capsys)
         told, default, _ = entries[name.replace("_", "-")].rpartition("(default:")
         words = re.findall(r"(?<![-\w])[a-z]{2,}", re.sub(r"--[\w-]+|\{.*?\}|\[.*?\]", "", told))
         assert default and len(words) >= 2, name
+
+
+# --- what is learned
+
+
+@some([name for name, case in CASES.items() if case.discrete])
+def test_the_best_policy_of_a_chain_is_found_where_cloning_goes_the_wrong_way(script, inside, tmp_path):
+    """Right everywhere is best, by gamma^(steps to go - 1); most of the data go left."""
+    data, seen = chain(tmp_path / "chain" / "dataset.hdf5"), torch.eye(5)
+    options = ["--dataset", str(data), "--batch-size", "128", "--hidden", "32", "--learning-rate", "3e-3"]
+    own = {
+        "bc_portfolio": [],
+        "iql_portfolio": ["--expectile", "0.95", "--beta", "40", "--tau", "0.05", "--reward-scale", "1"],
+        "cql_portfolio": ["--alpha", "0.02", "--tau", "0.05", "--reward-scale", "1"],
+    }[script.name]
+    agent = inside(*options, *own, "--gradient-steps", "900")["agent"]
+    if script.name == "bc_portfolio":
+        assert agent.act(seen, None).tolist() == [0] * 5
+        return
+    assert agent.act(seen, None).tolist() == [1] * 5
+    x, optimum = agent.norm(seen), 0.9 ** np.arange(4, -1, -1)
+    value = agent.value(x)[0, :, 0] if script.name == "iql_portfolio" else agent.target(x).amin(dim=0)[:, 1]
+    np.testing.assert_allclose(value.detach(), optimum, atol=0.12)
+
+
+# --- online, after the data
+
+
+@some([name for name, case in CASES.items() if case.online])
+def test_what_was_lived_through_online_is_remembered_as_it_was(script, inside, register, tmp_path, monkeypatch):
+    """Episodes of the Toy, market by market: true successors, terminal states or not, sums of rewards; and what is learned
+    from is one half of them, out of all so far, and one half data."""
+    space = gym.spaces.Discrete(3) if script.discrete else gym.spaces.Box(-1, 1, (2,), np.float32)
+    register(Toy, space)
+    log_gymnasium(data := tmp_path / "toy" / "dataset.hdf5", "Toy-v0", 60)
+    drawn, halves, randint, cat = [], set(), torch.randint, torch.cat
+
+    def noted_cat(tensors, *args, **kwargs):
+        if len(tensors) == 2 and 16 in {len(x) for x in tensors}:
+            halves.add(tuple(map(len, tensors)))
+        return cat(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "randint", lambda high, size: drawn.append((high, size)) or randint(high, size))
+    monkeypatch.setattr(torch, "cat", noted_cat)
+    calql = ["--calql"] if script.name == "cql_portfolio" else []
+    options = ["--batch-size", "33", "--hidden", "16", "--gradient-steps", "5", "--finetune-steps", "119"]
+    g = inside("--dataset", str(data), *options, "--finetune-envs", "6", "--finetune-updates", "3", *calql)
+    assert (16, 17) in halves and drawn == [(6 * (n // 3 + 1), (17,)) for n in range(60)]
+    assert g["step"] == 65 and g["filled"] == 120 == len(g["buffer"]["rewards"])
+
+    sums = []
+    for market in range(6):
+        rows = {key: value[market::6].numpy() for key, value in g["buffer"].items()}
+        obs, successor, terminal = (rows[key] for key in ("observations", "next_observations", "terminals"))
+        actions = rows["actions"] if script.discrete else rows["actions"].sum(axis=1)
+        time = np.rint(3 * obs[:, 0]).astype(int)
+        episode = np.cumsum(time == 0) - 1
+        over = time + 1 == 3 + episode % 3
+        np.testing.assert_allclose(3 * successor, np.stack([time + 1, episode % 4, actions - 1], axis=1), atol=1e-5)
+        assert (successor[:-1] == obs[1:])[~over[:-1]].all() and (terminal == (over & (episode % 2 == 0))).all()
+        np.testing.assert_allclose(rows["rewards"], actions - 0.3 * (time + 1), atol=1e-5)
+        for e in range(episode[-1] + 1):
+            rewards = rows["rewards"][episode == e].astype(float)
+            ended = over[episode == e].any()
+            sums += [(np.flatnonzero(episode == e)[-1], rewards.sum())] if ended else []
+            if calql:  # none before the episode is over
+                returns = [
+                    sum(0.9**k * r for k, r in enumerate(rewards[t:])) if ended else -np.inf for t in range(len(rewards))
+                ]
+                np.testing.assert_allclose(rows["infos/mc_return"][episode == e], returns, rtol=1e-5)
+    sums = [value for _, value in sorted(sums, key=lambda known: known[0])]
+    assert sorted(g["recent_returns"]) == pytest.approx(sorted(sums[-100:]), abs=1e-4)
+
+
+@some([name for name, case in CASES.items() if case.online and case.discrete])
+def test_exploration_shrinks_with_the_drawdown_and_masks_are_respected(script, short, inside):
+    g = inside(*short, "--gradient-steps", "5", "--explore-drawdown", "0.01")
+    rows = {key: value.view(MARKET_STEPS, 8, *value.shape[1:]).numpy() for key, value in g["buffer"].items()}
+    allowed = np.take_along_axis(rows["infos/action_mask"], rows["actions"][..., None], axis=2)
+    assert allowed.all() and not rows["infos/action_mask"].all()
+    assert g["equity"].shape == (8,) and (rows["next_observations"][11] != rows["observations"][12]).any(axis=1).all()
+    # rewards are log growth; at the last step, the 20th, accounts are those of 7 steps since the 12th ended all episodes
+    equity = np.exp(np.concatenate([np.zeros((1, 8)), rows["rewards"][12:].astype(float).cumsum(axis=0)]))
+    drawdown = 1 - equity / np.maximum.accumulate(equity)
+    expected = (1 - drawdown[-2] / 0.01).clip(0, 1)
+    np.testing.assert_allclose(g["explore"], expected, atol=2e-4)
+    assert (expected == 0).any() and (expected > 0).any()
+    np.testing.assert_allclose(g["equity"], equity[-1], rtol=1e-5)
+
+
+@some([name for name, case in CASES.items() if case.online])
+def test_exploration_is_none_where_it_is_nought(script, inside, tmp_path):
+    data = toy(tmp_path / "toy" / "dataset.hdf5", script.discrete)
+    agent = inside("--dataset", str(data), *SMALL)["agent"]
+    shake(agent)
+    obs, mask = torch.randn(3000, 3), None
+    if script.discrete:
+        mask = torch.ones(3000, 3, dtype=bool)
+        mask[:, 1] = False
+    calm, wild = (agent.act(obs, mask, torch.full((3000,), size)) for size in (0.0, 1.0))
+    greedy = agent.act(obs, mask)
+    assert torch.equal(calm, greedy) and not torch.equal(wild, greedy)
+    changed = (wild != greedy).float().mean()
+    if not script.discrete:
+        assert changed > 0.9 and (wild.abs() <= 1).all()
+        half = agent.act(obs, mask, torch.full((3000,), 0.5))
+        assert (half - greedy).abs().mean() < (wild - greedy).abs().mean()
+    else:
+        assert (wild != 1).all()
+        # IQL draws from its policy, CQL one action in ten from the two that are allowed
+        likely = agent.policy(agent.norm(obs), mask).detach().exp().amax(dim=1)
+        expected = (1 - likely).mean().item() if script.name == "iql_portfolio" else 0.1 / 2
+        assert changed.item() == pytest.approx(expected, abs=0.03)
