@@ -439,7 +439,7 @@ if __name__ == "__main__":
             if over.any():
                 known[over] = np.stack(infos["final_obs"][over])
             new = dict(zip(TRANSITION, (obs_now, action, reward, known, term)))
-            if len(keys) > len(TRANSITION):
+            if masks[0] in keys:
                 known_mask = mask_next.copy()
                 if over.any():
                     known_mask[over] = infos["final_action_mask"][over]
