@@ -271,6 +271,8 @@ if __name__ == "__main__":
     logs, logged, held_loss = torch.zeros(len(LOGGED), device=device), 0, {}
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
     if checkpoint:
+        if checkpoint["sha256"] != data.meta["sha256"]:
+            sys.exit(f"--resume {args.resume}: {args.dataset} has changed; expected sha256 {checkpoint['sha256']}")
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
@@ -367,7 +369,8 @@ if __name__ == "__main__":
             stop_early = args.patience > 0 and evals_since_best >= args.patience
         if step % args.checkpoint_every == 0 or step == args.gradient_steps or stop_early:
             save_checkpoint(run_dir / "model.pt", {
-                "args": dataclasses.asdict(args), "step": args.gradient_steps if stop_early else step,
+                "args": dataclasses.asdict(args), "sha256": data.meta["sha256"],
+                "step": args.gradient_steps if stop_early else step,
                 "train_seconds": train_seconds, "model": agent.state_dict(), "optimizer": optimizer.state_dict(),
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "best_score": best_score, "best_model": best_model, "best_step": best_step,

@@ -411,6 +411,8 @@ if __name__ == "__main__":
     if checkpoint:
         if args.finetune_steps and not task:
             sys.exit(f"--resume {args.resume}: {env_id} cannot save its state; expected a run that is not fine-tuned there")
+        if checkpoint["sha256"] != data.meta["sha256"]:
+            sys.exit(f"--resume {args.resume}: {args.dataset} has changed; expected sha256 {checkpoint['sha256']}")
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
@@ -563,7 +565,8 @@ if __name__ == "__main__":
             stop_early = args.patience > 0 and evals_since_best >= args.patience
         if step % args.checkpoint_every == 0 or step == total_steps or stop_early:
             save_checkpoint(run_dir / "model.pt", {
-                "args": dataclasses.asdict(args), "step": total_steps if stop_early else step,
+                "args": dataclasses.asdict(args), "sha256": data.meta["sha256"],
+                "step": total_steps if stop_early else step,
                 "train_seconds": train_seconds, "model": agent.state_dict(), "optimizer": optimizer.state_dict(),
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "best_score": best_score, "best_model": best_model, "best_step": best_step,

@@ -48,7 +48,7 @@ class Case(Script):
     held_out: tuple[str, ...] = HELD_OUT  # what is measured on held-out episodes
     sizes: tuple[str, ...] = SHORT
     score: str = "score"
-    kept: tuple[str, ...] = ("step", "best_step", "evals_since_best", "held_loss", "logs")
+    kept: tuple[str, ...] = ("sha256", "step", "best_step", "evals_since_best", "held_loss", "logs")
 
     @property
     def discrete(self) -> bool:

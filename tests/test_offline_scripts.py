@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -41,7 +42,7 @@ from test_scripts import (  # noqa: F401 (they hold of all scripts)
 )
 
 from envs import ledger
-from envs.dataset import Dataset
+from envs.dataset import Dataset, sha256_of
 from envs.synthetic import make_panel
 from envs.task import Task
 
@@ -321,6 +322,30 @@ def test_data_larger_than_memory_are_streamed(script, inside, keep_checkpoints, 
     inside("--resume", str(copy))
     assert len(streamed) == 2
     assert_same_content(Run(copy).model, whole.model)
+
+
+@some(ONE_EACH)
+def test_other_data_are_no_way_to_go_on(script, inside, tmp_path):
+    folder = tmp_path / "toy"
+    data = str(toy(folder / "dataset.hdf5", script.discrete))
+    run_dir = inside("--dataset", data, *SMALL)["run_dir"]
+    shutil.rmtree(folder)
+    toy(folder / "dataset.hdf5", script.discrete, spoil=[0])
+    with pytest.raises(SystemExit) as caught:
+        inside("--resume", str(run_dir))
+    assert all(word in caught.value.code for word in ("--resume", str(run_dir), data, "has changed", "sha256"))
+
+
+@some([name for name, case in CASES.items() if case.online and case.discrete])
+def test_data_without_masks_can_be_fine_tuned_where_there_are_some(script, short, datasets, inside, tmp_path):
+    folder = shutil.copytree(datasets / script.env_id, tmp_path / "copy")
+    path, entries = folder / "dataset.hdf5", json.loads((folder / "dataset_meta.json").read_text())
+    with h5py.File(path, "a") as file:
+        for key in ("infos/action_mask", "infos/next_action_mask"):
+            del file[key], entries["shapes"][key], entries["dtypes"][key]
+    edit_meta(path, **entries | {"sha256": sha256_of(path)})
+    run = inside(*short, "--dataset", str(path), "--gradient-steps", "5")["run"]
+    assert run["status"] == "finished" and run["env_steps"] == 8 * MARKET_STEPS
 
 
 @some(ONE_EACH)
