@@ -130,7 +130,7 @@ def market_meta(env_id: str, **changes) -> dict:
             costs=MARKETS[env_id]["costs"], orders="change", constraints="long_short", gross=2.0, asset_cap=0.8
         )
         options = {"reward_weights": {"variance": 1.0}}
-    return describe_task(env_id, SimpleNamespace(**flags), config, episode_length=12, **options)
+    return describe_task(env_id, SimpleNamespace(**flags), config, episode_length=7, **options)
 
 
 def random_actor(envs, seed=0):
@@ -150,7 +150,7 @@ def log_market(path: Path, env_id: str, **changes):
     meta = market_meta(env_id, **changes)
     task = Task(meta)
     envs, said = task.make(32), provenance(meta, task.panel.sha256, {"name": "as in task"}, None, 0.9, [{"policy": "random"}])
-    log_episodes(path, envs, random_actor(envs), 192, said, 0, task.panel.timestamps)
+    log_episodes(path, envs, random_actor(envs), 320, said, 0, task.panel.timestamps)
 
 
 def log_gymnasium(path: Path, env_id: str, episodes: int, actor=random_actor):
