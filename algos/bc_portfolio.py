@@ -1,6 +1,7 @@
 """Behaviour cloning (Pomerleau 1991) of logged data, or of the best episodes in them."""
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -209,7 +210,7 @@ if __name__ == "__main__":
 
     # Data, and the market that they come from; what is wrong with them is said in one line
     try:
-        data = Dataset(args.dataset)
+        data = Dataset(args.dataset, gym.make(args.env_id).action_space if args.env_id else None)
         task = Task.of(data)
         env_id = task.env_id if task else args.env_id
         if env_id is None and data.meta.get("env_id") in gym.registry:
@@ -270,6 +271,8 @@ if __name__ == "__main__":
     logs, logged, held_loss = torch.zeros(len(LOGGED), device=device), 0, {}
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
     if checkpoint:
+        if checkpoint["sha256"] != data.meta["sha256"]:
+            sys.exit(f"--resume {args.resume}: {args.dataset} has changed; expected sha256 {checkpoint['sha256']}")
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
@@ -328,7 +331,7 @@ if __name__ == "__main__":
     for step in range(first_step, args.gradient_steps + 1):
         tick = time.perf_counter()
         batch = next(batches)
-        decay = 0.5 * (1.0 + np.cos(np.pi * (step - 1) / args.gradient_steps))
+        decay = 0.5 * (1.0 + math.cos(math.pi * (step - 1) / args.gradient_steps))
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         logs, logged = logs + update(to_tensors(batch, agent, device)), logged + 1
         train_seconds += time.perf_counter() - tick
@@ -366,7 +369,8 @@ if __name__ == "__main__":
             stop_early = args.patience > 0 and evals_since_best >= args.patience
         if step % args.checkpoint_every == 0 or step == args.gradient_steps or stop_early:
             save_checkpoint(run_dir / "model.pt", {
-                "args": dataclasses.asdict(args), "step": args.gradient_steps if stop_early else step,
+                "args": dataclasses.asdict(args), "sha256": data.meta["sha256"],
+                "step": args.gradient_steps if stop_early else step,
                 "train_seconds": train_seconds, "model": agent.state_dict(), "optimizer": optimizer.state_dict(),
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "best_score": best_score, "best_model": best_model, "best_step": best_step,

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -228,11 +229,20 @@ if __name__ == "__main__":
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
         checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
         args = Args(**{**checkpoint["args"], "resume": args.resume})
-    for flag in ("gradient_steps", "batch_size", "eval_every", "checkpoint_every", "eval_episodes", "finetune_envs", "hidden"):
+    for flag in (
+        "gradient_steps", "batch_size", "eval_every", "checkpoint_every", "eval_episodes",
+        "finetune_envs", "finetune_updates", "hidden",
+    ):  # fmt: skip
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
     if not 0.0 < args.expectile < 1.0:
         sys.exit(f"--expectile {args.expectile}: expected above 0 and below 1")
+    if args.gamma is not None and not 0.0 <= args.gamma <= 1.0:
+        sys.exit(f"--gamma {args.gamma}: expected 0 to 1")
+    if args.finetune_steps < 0:
+        sys.exit(f"--finetune-steps {args.finetune_steps}: expected 0 or more")
+    if args.explore_drawdown <= 0.0:
+        sys.exit(f"--explore-drawdown {args.explore_drawdown}: expected above 0")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
 
     # Seed, threads, device
@@ -244,7 +254,7 @@ if __name__ == "__main__":
 
     # Data, and the market that they come from; what is wrong with them is said in one line
     try:
-        data = Dataset(args.dataset)
+        data = Dataset(args.dataset, gym.make(args.env_id).action_space if args.env_id else None)
         task = Task.of(data)
         env_id = task.env_id if task else args.env_id
         if env_id is None and data.meta.get("env_id") in gym.registry:
@@ -346,6 +356,8 @@ if __name__ == "__main__":
     if checkpoint:
         if args.finetune_steps and not task:
             sys.exit(f"--resume {args.resume}: {env_id} cannot save its state; expected a run that is not fine-tuned there")
+        if checkpoint["sha256"] != data.meta["sha256"]:
+            sys.exit(f"--resume {args.resume}: {args.dataset} has changed; expected sha256 {checkpoint['sha256']}")
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
@@ -429,7 +441,7 @@ if __name__ == "__main__":
             if over.any():
                 known[over] = np.stack(infos["final_obs"][over])
             new = dict(zip(TRANSITION, (obs_now, action, reward, known, term)))
-            if len(keys) > len(TRANSITION):
+            if masks[0] in keys:
                 known_mask = mask_next.copy()
                 if over.any():
                     known_mask[over] = infos["final_action_mask"][over]
@@ -448,7 +460,7 @@ if __name__ == "__main__":
             pick = torch.randint(filled, (args.batch_size - half,))
             batch = {key: torch.cat([torch.as_tensor(value[:half]), buffer[key][pick]]) for key, value in batch.items()}
 
-        decay = 1.0 if online else 0.5 * (1.0 + np.cos(np.pi * (step - 1) / args.gradient_steps))
+        decay = 1.0 if online else 0.5 * (1.0 + math.cos(math.pi * (step - 1) / args.gradient_steps))
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         logs, logged = logs + update(to_tensors(batch, agent, device)), logged + 1
         train_seconds += time.perf_counter() - tick
@@ -491,7 +503,8 @@ if __name__ == "__main__":
             stop_early = args.patience > 0 and evals_since_best >= args.patience
         if step % args.checkpoint_every == 0 or step == total_steps or stop_early:
             save_checkpoint(run_dir / "model.pt", {
-                "args": dataclasses.asdict(args), "step": total_steps if stop_early else step,
+                "args": dataclasses.asdict(args), "sha256": data.meta["sha256"],
+                "step": total_steps if stop_early else step,
                 "train_seconds": train_seconds, "model": agent.state_dict(), "optimizer": optimizer.state_dict(),
                 "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "best_score": best_score, "best_model": best_model, "best_step": best_step,
