@@ -316,14 +316,15 @@ if __name__ == "__main__":
     def play(episodes):
         """Returns of new episodes of a Gymnasium task without exploration."""
         obs, _ = games.reset(seed=args.seed + 10_000)
-        so_far, returns = np.zeros(games.num_envs), []
-        while len(returns) < episodes:
+        so_far, returns, wanted = np.zeros(games.num_envs), [[] for _ in range(games.num_envs)], -(-episodes // games.num_envs)
+        while min(map(len, returns)) < wanted:  # equally many of each game: the first to end are not like the rest
             action = agent_policy(np.asarray(obs, np.float32), None)
             obs, reward, term, trunc, _ = games.step(action)
             so_far += reward
-            returns.extend(so_far[term | trunc].tolist())
-            so_far[term | trunc] = 0.0
-        return float(np.mean(returns))
+            for game in np.flatnonzero(term | trunc):
+                returns[game].append(so_far[game])
+                so_far[game] = 0.0
+        return float(np.mean([part[:wanted] for part in returns]))
 
     started, failure = time.time(), None
     step = first_step - 1

@@ -82,7 +82,7 @@ class Args:
     """units in each of two hidden layers"""
     reward_scale: float | None = None
     """factor on rewards (one over their standard deviation by default), in whose units --alpha is"""
-    alpha: float = 1.0
+    alpha: float = 0.1
     """weight of the penalty on the values of actions that the data do not take"""
     samples: int = 10
     """actions drawn for the penalty from each of: all, the policy's here, and its at the next state (continuous actions)"""
@@ -97,7 +97,7 @@ class Args:
     eval_every: int = 1_000
     """gradient steps between two validations"""
     patience: int = 0
-    """stop after so many of them without a better score (0: never); the best model is kept in any case"""
+    """stop after so many of them without a better score (0: never), when fine-tuning only there; the best model is kept"""
 
     finetune_steps: int = 0
     """steps of all markets together to go on with online, on training episodes, after the offline phase"""
@@ -466,14 +466,15 @@ if __name__ == "__main__":
         """Returns of new episodes of a Gymnasium task without exploration."""
         games = make_envs(env_id, task, min(16, episodes), args.num_threads)
         obs, _ = games.reset(seed=args.seed + 10_000)
-        so_far, returns = np.zeros(games.num_envs), []
-        while len(returns) < episodes:
+        so_far, returns, wanted = np.zeros(games.num_envs), [[] for _ in range(games.num_envs)], -(-episodes // games.num_envs)
+        while min(map(len, returns)) < wanted:  # equally many of each game: the first to end are not like the rest
             action = agent_policy(np.asarray(obs, np.float32), None)
             obs, reward, term, trunc, _ = games.step(action)
             so_far += reward
-            returns.extend(so_far[term | trunc].tolist())
-            so_far[term | trunc] = 0.0
-        return float(np.mean(returns))
+            for game in np.flatnonzero(term | trunc):
+                returns[game].append(so_far[game])
+                so_far[game] = 0.0
+        return float(np.mean([part[:wanted] for part in returns]))
 
     started, failure = time.time(), None
     step = first_step - 1
@@ -562,7 +563,7 @@ if __name__ == "__main__":
                 best_score, evals_since_best, best_step = score, 0, step
                 best_model = {k: v.clone() for k, v in agent.state_dict().items()}
             switch_score = score if switch else switch_score
-            stop_early = args.patience > 0 and evals_since_best >= args.patience
+            stop_early = 0 < args.patience <= evals_since_best and (online or not args.finetune_steps)
         if step % args.checkpoint_every == 0 or step == total_steps or stop_early:
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "sha256": data.meta["sha256"],
@@ -574,7 +575,7 @@ if __name__ == "__main__":
                 "logs": logs, "logged": logged, "held_loss": held_loss,
                 "online": {
                     "envs": {k: torch.as_tensor(v) for k, v in train_envs.get_state().items()},
-                    "buffer": {key: value[:filled] for key, value in buffer.items()}, "recent_returns": recent_returns,
+                    "buffer": {key: value[:filled].clone() for key, value in buffer.items()}, "recent_returns": recent_returns,
                     "obs": torch.as_tensor(obs_now), "mask": None if mask_now is None else torch.as_tensor(mask_now),
                     "accounts": torch.as_tensor(np.stack([episode_return, equity, peak])),
                     "begun": torch.as_tensor(begun),

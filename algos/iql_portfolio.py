@@ -81,8 +81,10 @@ class Args:
     """factor on rewards (one over their standard deviation by default); for the actor it is the same as --beta"""
     expectile: float = 0.7
     """of the target critics over the data's actions that the value is; 0.5: their mean, 1: their maximum"""
-    beta: float = 3.0
+    beta: float = 2.0
     """the actor imitates each action in proportion to exp(beta * advantage), at most 100"""
+    norm_adv: bool = True
+    """advantages in units of their mean size (as in MARWIL, Wang et al. 2018); else of the rewards, whose scale is then beta's"""
     tau: float = 0.005
     """share of the critics that moves into the target critics at each step"""
     max_grad_norm: float = 10.0
@@ -90,7 +92,7 @@ class Args:
     eval_every: int = 1_000
     """gradient steps between two validations"""
     patience: int = 0
-    """stop after so many of them without a better score (0: never); the best model is kept in any case"""
+    """stop after so many of them without a better score (0: never), when fine-tuning only there; the best model is kept"""
 
     finetune_steps: int = 0
     """steps of all markets together to go on with online, on training episodes, after the offline phase"""
@@ -143,6 +145,7 @@ class Agent(nn.Module):
         self.critic = MLP(obs_size if discrete else obs_size + num_actions, hidden, num_actions if discrete else 1, copies=2)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.value = MLP(obs_size, hidden, 1)
+        self.register_buffer("size", torch.tensor(1.0))  # moving average of |advantage|
 
     def norm(self, obs):
         return ((obs - self.obs_mean) * self.obs_scale).clamp_(-10.0, 10.0)
@@ -307,6 +310,9 @@ if __name__ == "__main__":
         advantage = q_data - value
         v_loss = ((args.expectile - (advantage < 0).float()).abs() * advantage.square()).mean()
         exponent = args.beta * advantage.detach()
+        if args.norm_adv:
+            agent.size.lerp_(advantage.detach().abs().mean(), 0.01)
+            exponent = exponent / agent.size
         weight = exponent.clamp(max=np.log(100.0)).exp()
         actor_loss = -(weight * agent.log_prob(x, mask, action)).mean()
         target = reward_scale * reward + gamma * (1.0 - terminal) * next_value.detach()
@@ -333,7 +339,8 @@ if __name__ == "__main__":
         advantage = agent.q(agent.target, x, action).amin(dim=0) - value
         nll = -agent.log_prob(x, mask, action)
         target = reward_scale * reward + gamma * (1.0 - terminal) * next_value
-        loss = (args.beta * advantage).clamp(max=np.log(100.0)).exp() * nll
+        exponent = args.beta * advantage / (agent.size if args.norm_adv else 1.0)
+        loss = exponent.clamp(max=np.log(100.0)).exp() * nll
         td_error = agent.q(agent.critic, x, action) - target
         found = {"loss": loss, "nll": nll, "agreement": close.float(), "td_error": td_error.square()}
         found["q"] = agent.q(agent.critic, x, best).abs()
@@ -410,14 +417,15 @@ if __name__ == "__main__":
         """Returns of new episodes of a Gymnasium task without exploration."""
         games = make_envs(env_id, task, min(16, episodes), args.num_threads)
         obs, _ = games.reset(seed=args.seed + 10_000)
-        so_far, returns = np.zeros(games.num_envs), []
-        while len(returns) < episodes:
+        so_far, returns, wanted = np.zeros(games.num_envs), [[] for _ in range(games.num_envs)], -(-episodes // games.num_envs)
+        while min(map(len, returns)) < wanted:  # equally many of each game: the first to end are not like the rest
             action = agent_policy(np.asarray(obs, np.float32), None)
             obs, reward, term, trunc, _ = games.step(action)
             so_far += reward
-            returns.extend(so_far[term | trunc].tolist())
-            so_far[term | trunc] = 0.0
-        return float(np.mean(returns))
+            for game in np.flatnonzero(term | trunc):
+                returns[game].append(so_far[game])
+                so_far[game] = 0.0
+        return float(np.mean([part[:wanted] for part in returns]))
 
     started, failure = time.time(), None
     step = first_step - 1
@@ -500,7 +508,7 @@ if __name__ == "__main__":
                 best_score, evals_since_best, best_step = score, 0, step
                 best_model = {k: v.clone() for k, v in agent.state_dict().items()}
             switch_score = score if switch else switch_score
-            stop_early = args.patience > 0 and evals_since_best >= args.patience
+            stop_early = 0 < args.patience <= evals_since_best and (online or not args.finetune_steps)
         if step % args.checkpoint_every == 0 or step == total_steps or stop_early:
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "sha256": data.meta["sha256"],
@@ -512,7 +520,7 @@ if __name__ == "__main__":
                 "logs": logs, "logged": logged, "held_loss": held_loss,
                 "online": {
                     "envs": {k: torch.as_tensor(v) for k, v in train_envs.get_state().items()},
-                    "buffer": {key: value[:filled] for key, value in buffer.items()}, "recent_returns": recent_returns,
+                    "buffer": {key: value[:filled].clone() for key, value in buffer.items()}, "recent_returns": recent_returns,
                     "obs": torch.as_tensor(obs_now), "mask": None if mask_now is None else torch.as_tensor(mask_now),
                     "accounts": torch.as_tensor(np.stack([episode_return, equity, peak])),
                 } if online and task else None,
