@@ -78,13 +78,13 @@ class Args:
     hidden: int = 64
     """units in each of two hidden layers"""
     reward_scale: float | None = None
-    """factor on rewards (one over their standard deviation by default); for the actor it is the same as --beta"""
+    """factor on rewards (one over their standard deviation by default); with --no-norm-adv the same as --beta to the actor"""
     expectile: float = 0.7
     """of the target critics over the data's actions that the value is; 0.5: their mean, 1: their maximum"""
     beta: float = 2.0
     """the actor imitates each action in proportion to exp(beta * advantage), at most 100"""
     norm_adv: bool = True
-    """advantages in units of their mean size (as in MARWIL, Wang et al. 2018); else of the rewards, whose scale is then beta's"""
+    """advantages in units of their mean size, much as in MARWIL (Wang et al. 2018); else of the scaled rewards"""
     tau: float = 0.005
     """share of the critics that moves into the target critics at each step"""
     max_grad_norm: float = 10.0
