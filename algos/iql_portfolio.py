@@ -87,6 +87,8 @@ class Args:
     """advantages in units of their mean size, much as in MARWIL (Wang et al. 2018); else of the scaled rewards"""
     tau: float = 0.005
     """share of the critics that moves into the target critics at each step"""
+    actor_tau: float = 0.002
+    """share of the actor that moves into its average at each step; the average is what acts"""
     max_grad_norm: float = 10.0
     """largest norm of the gradient"""
     eval_every: int = 1_000
@@ -141,6 +143,7 @@ class Agent(nn.Module):
         self.register_buffer("low", torch.full((num_actions,), -1.0))  # range of the actions that the actor can take
         self.register_buffer("high", torch.full((num_actions,), 1.0))
         self.actor = MLP(obs_size, hidden, num_actions, std=0.01)
+        self.steady = copy.deepcopy(self.actor).requires_grad_(False)  # moving average of the actor: it is what acts
         self.log_std = nn.Parameter(torch.zeros(num_actions))
         self.critic = MLP(obs_size if discrete else obs_size + num_actions, hidden, num_actions if discrete else 1, copies=2)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
@@ -163,9 +166,9 @@ class Agent(nn.Module):
             return critic(x).gather(2, action.expand(2, -1)[..., None]).squeeze(2)
         return critic(torch.cat([x, action], dim=1)).squeeze(2)
 
-    def policy(self, x, mask):
+    def policy(self, x, mask, actor=None):
         """(n, A): log-probabilities, masked actions about -1e8; or the means of continuous actions."""
-        out = self.actor(x).squeeze(0)
+        out = (actor or self.actor)(x).squeeze(0)
         if self.discrete:
             return (out if mask is None else torch.where(mask, out, -1e8)).log_softmax(dim=1)
         return out.tanh()
@@ -181,7 +184,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs, mask, explore=None):
         """Actions for the market: the most likely ones, or, with explore (n,) in 0..1, noisy in that proportion."""
-        out = self.policy(self.norm(obs), mask)
+        out = self.policy(self.norm(obs), mask, self.steady)
         if self.discrete:
             best = out.argmax(dim=1)
             if explore is None:
@@ -324,6 +327,7 @@ if __name__ == "__main__":
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(agent.target.parameters()), list(agent.critic.parameters()), args.tau)
+            torch._foreach_lerp_(list(agent.steady.parameters()), list(agent.actor.parameters()), args.actor_tau)
             capped = (exponent >= np.log(100.0)).float().mean()
             return torch.stack([actor_loss, v_loss, q_loss, q_data.mean(), value.mean(), capped])
 
@@ -332,7 +336,7 @@ if __name__ == "__main__":
         """On held-out transitions: the actor's loss and likelihood of the data, the share of its actions that are the data's
         (within a twentieth of the range), the critics' error, and the size of their values of the actor's actions."""
         x, action, reward, next_x, terminal, mask, _ = batch
-        out = agent.policy(x, mask)
+        out = agent.policy(x, mask, agent.steady)
         best = out.argmax(dim=1) if discrete else out
         close = best == action if discrete else (best - action).abs() <= 0.1
         value, next_value = agent.value(torch.cat([x, next_x])).flatten().chunk(2)
