@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -68,12 +69,12 @@ class Args:
     eval_episodes: int = 100
     """on Gymnasium ids: episodes of an evaluation"""
 
-    gradient_steps: int = 10_000
+    gradient_steps: int = 5_000
     """batches to learn from"""
     batch_size: int = 256
     """transitions in a batch"""
     learning_rate: float = 1e-3
-    """learning rate of the critics' Adam"""
+    """learning rate of the critics' Adam; both fall to 0 along a cosine, except when fine-tuning"""
     actor_learning_rate: float = 1e-3
     """learning rate of the actor's (continuous actions)"""
     gamma: float | None = None
@@ -92,6 +93,8 @@ class Args:
     """no penalty below the data's own return from there: Cal-QL (Nakamoto et al. 2023), for fine-tuning"""
     tau: float = 0.005
     """share of the critics that moves into the target critics at each step"""
+    actor_tau: float = 0.002
+    """share of the actor that moves into its average at each step; the average is what acts"""
     max_grad_norm: float = 10.0
     """largest norm of the gradient"""
     eval_every: int = 1_000
@@ -153,6 +156,7 @@ class Agent(nn.Module):
         self.frozen = copy.deepcopy(self.critic).requires_grad_(False)  # the critic as the actor's loss sees it
         if not discrete:
             self.actor = MLP(obs_size, hidden, 2 * num_actions, std=0.01)
+            self.steady = copy.deepcopy(self.actor).requires_grad_(False)  # moving average of the actor: it is what acts
             self.log_temperature = nn.Parameter(torch.tensor(-2.0))  # of the entropy in the actor's loss
 
     def norm(self, obs):
@@ -171,16 +175,19 @@ class Agent(nn.Module):
             return critic(x).gather(2, action.expand(2, -1)[..., None]).squeeze(2)
         return critic(x, action).view(2, *action.shape[:-1])
 
-    def policy(self, x, mask):
-        """Discrete: (n, A) log-probabilities, the softmax of the critics' mean; else mean and log-std before the tanh."""
+    def policy(self, x, mask, steady=False):
+        """Discrete: (n, A) log-probabilities, the softmax of the critics' mean; else mean and log-std before the tanh.
+
+        steady: of the moving averages of the networks, which act.
+        """
         if self.discrete:
-            out = self.critic(x).mean(dim=0)
+            out = (self.target if steady else self.critic)(x).mean(dim=0)
             return (out if mask is None else torch.where(mask, out, -1e8)).log_softmax(dim=1)
-        mean, log_std = self.actor(x).squeeze(0).chunk(2, dim=1)
+        mean, log_std = (self.steady if steady else self.actor)(x).squeeze(0).chunk(2, dim=1)
         return mean, log_std.clamp(-5.0, 2.0)
 
-    def best(self, x, mask):
-        out = self.policy(x, mask)
+    def best(self, x, mask, steady=False):
+        out = self.policy(x, mask, steady)
         return out.argmax(dim=1) if self.discrete else out[0].tanh()
 
     def draw(self, x, count):
@@ -205,13 +212,13 @@ class Agent(nn.Module):
         """Actions for the market: the best ones, or, with explore (n,) in 0..1, noisy in that proportion."""
         x = self.norm(obs)
         if self.discrete:
-            best = self.best(x, mask)
+            best = self.best(x, mask, steady=True)
             if explore is None:
                 return best
             allowed = torch.ones(len(x), self.critic.biases[-1].shape[-1]) if mask is None else mask.float().cpu()
             drawn = torch.multinomial(allowed, 1).squeeze(1).to(obs.device)
             return torch.where(torch.rand(len(obs), device=obs.device) < 0.1 * explore, drawn, best)
-        mean, log_std = self.policy(x, mask)
+        mean, log_std = self.policy(x, mask, steady=True)
         if explore is not None:
             mean = mean + explore[:, None] * log_std.exp() * torch.randn_like(mean)
         return self.unscale(mean.tanh())
@@ -379,6 +386,8 @@ if __name__ == "__main__":
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(agent.target.parameters()), critic_parameters, args.tau)
+            if not discrete:
+                torch._foreach_lerp_(list(agent.steady.parameters()), list(agent.actor.parameters()), args.actor_tau)
         return torch.stack([x.detach() for x in (actor_loss, q_loss, penalty, q_data.mean(), entropy, temperature)])
 
     @torch.no_grad()
@@ -386,7 +395,7 @@ if __name__ == "__main__":
         """On held-out transitions: the policy's likelihood of the data, the share of its actions that are the data's (within a
         twentieth of the range), the critics' error and penalty, and the size of their values of the policy's actions."""
         x, action, reward, next_x, terminal, mask, next_mask, mc_return = batch
-        best, q_data = agent.best(x, mask), agent.q(agent.critic, x, action)
+        best, q_data = agent.best(x, mask, steady=True), agent.q(agent.critic, x, action)
         close = best == action if discrete else (best - action).abs() <= 0.1
         target = reward_scale * reward + gamma * (1.0 - terminal) * next_value(next_x, next_mask)
         td_error, penalty = (q_data - target).square(), conservative(x, next_x, mask, q_data, mc_return)
@@ -525,6 +534,9 @@ if __name__ == "__main__":
             pick = torch.randint(filled, (args.batch_size - half,))
             batch = {key: torch.cat([torch.as_tensor(value[:half]), buffer[key][pick]]) for key, value in batch.items()}
 
+        decay = 1.0 if online else 0.5 * (1.0 + math.cos(math.pi * (step - 1) / args.gradient_steps))
+        for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.actor_learning_rate)):
+            group["lr"] = rate * decay
         logs, logged = logs + update(to_tensors(batch, agent, device), step <= args.bc_steps), logged + 1
         train_seconds += time.perf_counter() - tick
         progress.update()
