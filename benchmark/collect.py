@@ -76,7 +76,7 @@ class Args:
     behaviours: tuple[str, ...] = ()
     """rules of baselines.py, and ppo (default random top-k kelly-lite momentum ppo; of lookback lead-lag-random lead-lag-10
     lead-lag-90 lead-lag-volatility ppo)"""
-    log_at: tuple[float, ...] = (0.02, 0.1, 0.3, 1.0)
+    log_at: tuple[float, ...] = (0.1, 0.4, 1.0)
     """shares of the training after which ppo acts: a behaviour each"""
     log_noise: float | None = None
     """exploration of the rules of a portfolio, in scores (default: that of baselines.py)"""
