@@ -107,7 +107,7 @@ def train_theirs(args: Args, config: dict, folder: str) -> tuple[dict, Path]:
     try:
         told = json.loads(lines[-1])
         told["sps"] = told["steps"] / told["seconds"]
-    except (IndexError, ValueError, KeyError, TypeError) as error:
+    except (IndexError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise Failure(f"{what}: {' | '.join(lines[-4:])}: expected JSON with steps and seconds on the last line") from error
     return told, policy
 
