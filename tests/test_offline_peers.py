@@ -235,9 +235,14 @@ def test_scores_of_both_on_the_same_bars(path, peer, tmp_path, monkeypatch, caps
     assert np.allclose([row["difference"]["growth"][k] for k in ("mean", "low", "high")], [mean, low, high]) and how
     gap = row["difference"]["score"]
     assert np.isclose(gap["mean"], task.score(ours) - task.score(theirs)) and gap["low"] < gap["mean"] < gap["high"]
-    assert row["met"] == (gap["high"] >= 0)
+    assert row["met"] == offline_peers.not_worse(gap)
     assert f"| cql, difference | {offline_peers.shown('growth', row['difference']['growth'])} |" in text
     assert "cql, d3rlpy" in capsys.readouterr().out
+
+
+def test_worse_is_what_the_whole_interval_is_below_zero():
+    found = [offline_peers.not_worse({"mean": -1.0, "low": -2.0, "high": high}) for high in (-0.1, 0.0, 0.1)]
+    assert found == [False, True, True]
 
 
 def test_configuration_is_what_our_run_used(path, tmp_path, monkeypatch):
