@@ -271,7 +271,6 @@ def measure_score(args: Args, data: Dataset, task: Task, algorithm: str, version
         told, path = train_theirs(args, config, folder)
         theirs = task.run("test", load_policy(path, config))
     versions.update(told.get("versions", {}))
-    ours["timestamp"] = ours["timestamp"].astype(theirs["timestamp"].dtype)  # Parquet keeps the time, not always its unit
     mean, low, high, how = ledger.difference(ours, theirs, task.panel.bars_per_year)
     gap = yearly(contributions(task, ours) - contributions(task, theirs), ours, task)
     row = {

@@ -355,6 +355,21 @@ def test_speed_of_a_real_script_beside_the_stand_in(peer, tmp_path, monkeypatch)
     assert "| cql, ours | " in (tmp_path / "out" / "o.md").read_text()
 
 
+def test_the_same_steps_from_first_to_last(tmp_path, monkeypatch):
+    """The speed of cql_portfolio.py is not that of its imitation; each script is told what it knows of."""
+    seen = []
+    monkeypatch.setattr(
+        offline_peers, "train_ours", lambda args, name, path, runs, steps, *options: seen.append(options) or 1 / 0
+    )
+    args = arguments(write_nameless(tmp_path), tmp_path)
+    for name in offline_peers.SCRIPTS:
+        with pytest.raises(ZeroDivisionError):
+            offline_peers.measure_speed(args, Dataset(args.dataset), name, {})
+    told = dict(zip(offline_peers.SCRIPTS, ([o for o in options if isinstance(o, str)] for options in seen)))
+    scaled = ["--validation-fraction", "--reward-scale", "--eval-every"]
+    assert told == {"bc": ["--eval-every"], "iql": scaled, "cql": [*scaled, "--bc-steps"]} and seen[2][-1] == 0
+
+
 def test_steady_speed_leaves_out_the_first_steps(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
