@@ -262,7 +262,7 @@ class Dataset:
             filled = _append(data, filled, block)
         while True:
             pick = rng.integers(total, size=batch_size)
-            yield {key: values[pick] for key, values in data.items()}
+            yield {key: values.take(pick, axis=0) for key, values in data.items()}
 
     def _streamed(self, starts, stops, capacity, batch_size, seed, keys):
         buffer, filled, rng = self._allocate(capacity, keys), 0, np.random.default_rng(seed)

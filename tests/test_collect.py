@@ -424,7 +424,7 @@ def test_shares_are_even_and_both_processes_get_the_same_terms():
         assert len(args.rules) == 4 and args.checkpoints == 4 and args.market == known.market
         only, at = rule.index("--only"), ppo.index("--log-at")
         assert tuple(rule[only + 1 : only + 5]) == args.rules
-        assert ppo[at + 1 : at + 5] == ["0.02", "0.1", "0.3", "1.0"]
+        assert ppo[at + 1 : at + 4] == ["0.1", "0.4", "1.0"]
         assert ("--total-timesteps" in ppo) == quick and "--total-timesteps" not in rule
         first = rule.index("--market")
         assert rule[first:] == ppo[ppo.index("--market") :] and rule[-4:] == ["--fill", "same_close", "--folds", "3"]
