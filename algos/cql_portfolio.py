@@ -137,8 +137,8 @@ class MLP(nn.Module):
         h = torch.baddbmm(b1, x.expand(len(w1), *x.shape), w1[:, : x.shape[1]])
         if actions is not None:
             part = actions.flatten(0, -2).expand(len(w1), -1, -1) @ w1[:, x.shape[1] :]
-            h = (h[:, None] + part.view(len(w1), -1, *h.shape[1:])).relu_().flatten(1, 2)
-        h = torch.baddbmm(b2, h if actions is not None else h.relu_(), w2).relu_()
+            h = h[:, None] + part.view(len(w1), -1, *h.shape[1:])
+        h = torch.baddbmm(b2, h.relu_().flatten(1, -2), w2).relu_()
         return (h * w3.mT).sum(2, keepdim=True) + b3 if w3.shape[2] == 1 else torch.baddbmm(b3, h, w3)  # a sum is faster
 
 

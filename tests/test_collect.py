@@ -421,14 +421,14 @@ def test_shares_are_even_and_both_processes_get_the_same_terms():
         args, others = parse("--fill", "same_close", "--folds", "3", *(["--quick"] if quick else []), regime=regime)
         rule, ppo = collect.commands(args, others, collect.Path("parts"))
         known = collect.REGIMES[regime]
-        assert len(args.rules) == 4 and args.checkpoints == 4 and args.market == known.market
+        assert len(args.rules) == 4 and args.checkpoints == 3 and args.market == known.market
         only, at = rule.index("--only"), ppo.index("--log-at")
         assert tuple(rule[only + 1 : only + 5]) == args.rules
         assert ppo[at + 1 : at + 4] == ["0.1", "0.4", "1.0"]
         assert ("--total-timesteps" in ppo) == quick and "--total-timesteps" not in rule
         first = rule.index("--market")
         assert rule[first:] == ppo[ppo.index("--market") :] and rule[-4:] == ["--fill", "same_close", "--folds", "3"]
-        assert rule[rule.index("--log-episodes") + 1] == ("5" if quick else "75")
+        assert rule[rule.index("--log-episodes") + 1] == ("6" if quick else "86")
         assert ppo[ppo.index("--runs-dir") + 1] == "data/runs" and rule[rule.index("--runs-dir") + 1] == "parts/runs"
         assert known.script in ppo[1] and f"--gamma {known.gamma}" in " ".join(rule)
     args, others = parse("--behaviours", "ppo", "--log-at", "1", "--log-noise", "0.3", "--learning-rate", "1")

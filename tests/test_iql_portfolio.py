@@ -15,11 +15,12 @@ def script():
     return CASES["iql_portfolio, continuous"]
 
 
-@pytest.mark.parametrize("discrete", [False, True])
-def test_losses_gradients_and_targets(inside, tmp_path, discrete):
+@pytest.mark.parametrize("discrete, norm_adv", [(False, False), (False, True), (True, True)])
+def test_losses_gradients_and_targets(inside, tmp_path, discrete, norm_adv):
     """Of an update on all rows, among them terminal and timed-out ones, by the formulas of the paper, network by network."""
     data = toy(tmp_path / "toy" / "dataset.hdf5", discrete, masked=discrete)
     options = ["--gradient-steps", "1", "--batch-size", "8", "--hidden", "16", "--max-grad-norm", "1e9"]
+    options += ["--norm-adv" if norm_adv else "--no-norm-adv", "--actor-tau", "0.2"]
     g = inside("--dataset", str(data), *options, "--expectile", "0.8", "--beta", "30", "--gamma", "0.7", "--tau", "0.3")
     agent, args = g["agent"], g["args"]
     shake(agent)
@@ -39,7 +40,8 @@ def test_losses_gradients_and_targets(inside, tmp_path, discrete):
         log_prob = Normal(network(old.actor, 0, x).tanh(), old.log_std.clamp(-5, 2).exp()).log_prob(action).sum(1)
     q, value, next_value = torch.minimum(*values(old.target)), network(old.value, 0, x), network(old.value, 0, next_x)
     advantage = q.detach() - value.squeeze(1)
-    weight = (30 * advantage.detach()).exp().clamp(max=100)
+    size = old.size + 0.01 * (advantage.detach().abs().mean() - old.size) if norm_adv else 1.0
+    weight = (30 * advantage.detach() / size).exp().clamp(max=100)
     target = g["reward_scale"] * torch.tensor(rows["rewards"])
     target = target + 0.7 * torch.where(torch.tensor(rows["terminals"]) == 1, 0, next_value.detach().squeeze(1))
     losses = {
@@ -55,3 +57,5 @@ def test_losses_gradients_and_targets(inside, tmp_path, discrete):
         assert_gradients(agent, (old, losses[loss]), networks)
     for new, before, critic in zip(agent.target.parameters(), old.target.parameters(), agent.critic.parameters()):
         torch.testing.assert_close(new, before + args.tau * (critic - before))
+    for new, before, actor in zip(agent.steady.parameters(), old.steady.parameters(), agent.actor.parameters()):
+        torch.testing.assert_close(new, before + 0.2 * (actor - before))
