@@ -32,7 +32,7 @@ from envs.dataset_writer import merge
 from envs.leadlag_tables import LeadLagConfig
 
 PPO = "ppo"
-EPISODES, QUICK_EPISODES = 600, 40
+EPISODES, QUICK_EPISODES = 3000, 40
 QUICK_STEPS = 1_000_000
 OURS = ("--constraints", "--env-id", "--exp-name", "--log-dataset", "--log-episodes", "--only", "--resume")  # set here
 
@@ -68,7 +68,7 @@ class Args:
     out: Path
     """folder of the dataset"""
     episodes: int = 0
-    """least number of episodes of all behaviours together (0: 600; with --quick 40)"""
+    """least number of episodes of all behaviours together (0: 3000; with --quick 40)"""
     seed: int = 1
     """seed of everything drawn: episodes, exploration, networks and, on markets that are drawn, the panel"""
     market: str | None = None

@@ -428,16 +428,16 @@ def test_shares_are_even_and_both_processes_get_the_same_terms():
         assert ("--total-timesteps" in ppo) == quick and "--total-timesteps" not in rule
         first = rule.index("--market")
         assert rule[first:] == ppo[ppo.index("--market") :] and rule[-4:] == ["--fill", "same_close", "--folds", "3"]
-        assert rule[rule.index("--log-episodes") + 1] == ("6" if quick else "86")
+        assert rule[rule.index("--log-episodes") + 1] == ("6" if quick else "429")
         assert ppo[ppo.index("--runs-dir") + 1] == "data/runs" and rule[rule.index("--runs-dir") + 1] == "parts/runs"
         assert known.script in ppo[1] and f"--gamma {known.gamma}" in " ".join(rule)
     args, others = parse("--behaviours", "ppo", "--log-at", "1", "--log-noise", "0.3", "--learning-rate", "1")
     (ppo,) = collect.commands(args, others, collect.Path("parts"))
-    assert ppo[-2:] == ["--learning-rate", "1"] and "--log-noise" not in ppo and "600" in ppo
+    assert ppo[-2:] == ["--learning-rate", "1"] and "--log-noise" not in ppo and "3000" in ppo
     args, others = parse("--behaviours", "random", "--log-noise", "0.3", "--log-epsilon", "0.4", "--costs", "zero")
     (rule,) = collect.commands(args, others, collect.Path("parts"))
     parsed = baselines.parse(rule[2:])
-    assert (parsed.log_noise, parsed.log_epsilon, parsed.portfolio.costs, parsed.log_episodes) == (0.3, 0.4, "zero", 600)
+    assert (parsed.log_noise, parsed.log_epsilon, parsed.portfolio.costs, parsed.log_episodes) == (0.3, 0.4, "zero", 3000)
     args, others = parse("--market", GP, "--behaviours", "lead-lag-10", regime="lookback")  # with no costs of its own
     (rule,) = collect.commands(args, others, collect.Path("parts"))
     assert baselines.parse(rule[2:]).portfolio.costs == "institutional"
