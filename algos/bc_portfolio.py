@@ -65,7 +65,7 @@ class Args:
     eval_episodes: int = 100
     """on Gymnasium ids: episodes of an evaluation"""
 
-    gradient_steps: int = 10_000
+    gradient_steps: int = 4_000
     """batches to learn from"""
     batch_size: int = 512
     """transitions in a batch"""

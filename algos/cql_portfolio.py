@@ -69,7 +69,7 @@ class Args:
     eval_episodes: int = 100
     """on Gymnasium ids: episodes of an evaluation"""
 
-    gradient_steps: int = 5_000
+    gradient_steps: int = 6_000
     """batches to learn from"""
     batch_size: int = 256
     """transitions in a batch"""
@@ -83,7 +83,7 @@ class Args:
     """units in each of two hidden layers"""
     reward_scale: float | None = None
     """factor on rewards (one over their standard deviation by default), in whose units --alpha is"""
-    alpha: float = 0.1
+    alpha: float = 0.2
     """weight of the penalty on the values of actions that the data do not take"""
     samples: int = 10
     """actions drawn for the penalty from each of: all, the policy's here, and its at the next state (continuous actions)"""
