@@ -94,6 +94,7 @@ def train_ours(args: Args, algorithm: str, path: Path, runs: str, steps: int, *o
     """Run directory of one of our scripts."""
     command = [sys.executable, SCRIPTS[algorithm], "--dataset", path.absolute(), "--seed", args.seed, "--no-cuda"]
     command += ["--gradient-steps", steps, "--num-threads", args.num_threads, "--runs-dir", runs]
+    command += ["--no-norm-adv"] if algorithm == "iql" else []  # d3rlpy weighs advantages in units of the rewards
     call([*command, *options], SCRIPTS[algorithm].name)
     (run_dir,) = Path(runs).iterdir()
     return run_dir
