@@ -804,7 +804,9 @@ if __name__ == "__main__":
         return agent_policy
 
     def backtest(split):
-        return portfolio_references.run(data, splits[split], kernel_policy(split), num_threads=args.num_threads)
+        return portfolio_references.run(
+            data=data, split=splits[split], policy=kernel_policy(split), num_threads=args.num_threads
+        )
 
     def log_dataset(iteration):
         """Episodes of the policy as it explores now. Their random numbers are their own: training does not notice."""

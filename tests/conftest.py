@@ -47,7 +47,7 @@ GUARD = RegimeGuard(
 )
 PENALTIES = {"differential_sharpe": 0.1, "turnover": 0.1, "drawdown": 0.2, "cvar": 0.3, "variance": 0.4}
 
-pytest.register_assert_rewrite("scripts", "offline")
+pytest.register_assert_rewrite("scripts", "offline_cases")
 
 # the same cases on every machine and in every run; pure-Python runs are slow, so no deadline
 settings.register_profile("cleanmarkets", deadline=None, derandomize=True, database=None)

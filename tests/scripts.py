@@ -53,6 +53,7 @@ class Script:
     numbers: tuple[str, ...] = ()  # in run.json besides what all have
     columns: tuple[str, ...] = LEDGER
     unexplained: tuple[str, ...] = ()  # flags that --help only lists
+    run: str = "online_run"  # fixture of its short run
 
     @property
     def path(self) -> Path:
@@ -316,8 +317,14 @@ def short_runs(tmp_path_factory):
 
 
 @pytest.fixture
-def base(script, short_runs) -> Run:
+def online_run(script, short_runs) -> Run:
     return short_runs(script.name)
+
+
+@pytest.fixture
+def base(request, script) -> Run:
+    """The short run of `script`."""
+    return request.getfixturevalue(script.run)
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from offline import CASES, assert_gradients, network, rows_of, shake, toy, write_foreign
+from offline_cases import CASES, assert_gradients, network, rows_of, shake, toy, write_foreign
 from torch.distributions import Categorical, Normal
 
 from envs.dataset import Dataset
 
-pytest_plugins = ["scripts", "offline"]
+pytest_plugins = ["scripts", "offline_cases"]
 
 
 @pytest.fixture

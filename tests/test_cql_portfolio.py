@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from offline import CASES, assert_gradients, network, rows_of, shake, toy, write_foreign
+from offline_cases import CASES, assert_gradients, network, rows_of, shake, toy, write_foreign
 from torch.distributions import Independent, Normal, TransformedDistribution, Uniform
 from torch.distributions.transforms import TanhTransform
 
 from envs.dataset import Dataset
 
-pytest_plugins = ["scripts", "offline"]
+pytest_plugins = ["scripts", "offline_cases"]
 
 QUICK = ("--gradient-steps", "1", "--batch-size", "8", "--hidden", "16", "--max-grad-norm", "1e9", "--bc-steps", "0")
 

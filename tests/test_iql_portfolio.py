@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from offline import CASES, assert_gradients, network, rows_of, shake, toy
+from offline_cases import CASES, assert_gradients, network, rows_of, shake, toy
 from torch.distributions import Categorical, Normal
 
-pytest_plugins = ["scripts", "offline"]
+pytest_plugins = ["scripts", "offline_cases"]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
-from offline import (
+from offline_cases import (
     CASES,
     GRADIENT_STEPS,
     MARKET_STEPS,
@@ -46,7 +46,7 @@ from envs.dataset import Dataset, sha256_of
 from envs.synthetic import make_panel
 from envs.task import Task
 
-pytest_plugins = ["scripts", "offline"]
+pytest_plugins = ["scripts", "offline_cases"]
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
 ONE_EACH = [name for name, case in CASES.items() if case.discrete == (case.name == "cql_portfolio")]
@@ -153,10 +153,8 @@ def test_tensorboard_has_cleanrls_tags(script, base):
     for tag in tags:
         assert [event.step for event in events.Scalars(tag)] == steps, tag
     rates = np.array([event.value for event in events.Scalars("charts/learning_rate")])
-    if script.name == "cql_portfolio":
-        expected = np.ones(len(steps))
-    else:  # the actor's, along a cosine, and none online
-        expected = [0.5 * (1 + np.cos(np.pi * (n - 1) / GRADIENT_STEPS)) if n <= GRADIENT_STEPS else 1.0 for n in steps]
+    # along a cosine, and constant online
+    expected = [0.5 * (1 + np.cos(np.pi * (n - 1) / GRADIENT_STEPS)) if n <= GRADIENT_STEPS else 1.0 for n in steps]
     np.testing.assert_allclose(rates / base.json["args"]["learning_rate"], expected, rtol=1e-5)
     best = base.json["val_score"]
     if script.name != "bc_portfolio":
@@ -271,7 +269,7 @@ def test_patience_stops_and_stays_stopped(script, inside, tmp_path, capsys):
     """Networks that do not move: the second score is no better than the first, nor the third."""
     data = toy(tmp_path / "toy" / "dataset.hdf5", script.discrete)
     still = ["--learning-rate", "0", "--patience", "2"]
-    still += ["--actor-learning-rate", "0"] if script.name == "cql_portfolio" else []
+    still += {"cql_portfolio": ["--actor-learning-rate", "0"], "iql_portfolio": ["--no-norm-adv"]}.get(script.name, [])
     folder = Path(inside("--dataset", str(data), *SMALL, "--gradient-steps", "900", *still)["run_dir"])
     assert "stopped early" in capsys.readouterr().out
     steps = [event.step for event in scalars(folder).Scalars("charts/SPS")]

@@ -48,6 +48,7 @@ class Case(Script):
     held_out: tuple[str, ...] = HELD_OUT  # what is measured on held-out episodes
     sizes: tuple[str, ...] = SHORT
     score: str = "score"
+    run: str = "offline_run"
     kept: tuple[str, ...] = ("sha256", "step", "best_step", "evals_since_best", "held_loss", "logs")
 
     @property
@@ -279,7 +280,7 @@ def short(script, datasets) -> list[str]:
 
 
 @pytest.fixture
-def base(script, short, finished, few_resamples, keep_checkpoints, capsys) -> Run:
+def offline_run(script, short, finished, few_resamples, keep_checkpoints, capsys) -> Run:
     """The short run of a case, with what it printed; beside its folder lie its checkpoints, 1.pt, 2.pt, ..."""
     runs, folder = finished
     key = script.name, script.env_id
