@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 # Threads that wait spin only briefly: with libgomp's default one busy neighbour makes training ten times slower.
@@ -95,10 +95,8 @@ class MLP(nn.Module):
 
     def __init__(self, size, hidden, out, copies=1, std=1.0):
         super().__init__()
-        sizes = (size, hidden, hidden, out)
-        self.weights = nn.ParameterList(
-            layer_init(torch.empty(copies, a, b), std if b is sizes[-1] else np.sqrt(2)) for a, b in zip(sizes, sizes[1:])
-        )
+        sizes, stds = (size, hidden, hidden, out), (np.sqrt(2), np.sqrt(2), std)
+        self.weights = nn.ParameterList(layer_init(torch.empty(copies, a, b), s) for a, b, s in zip(sizes, sizes[1:], stds))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(copies, 1, b)) for b in sizes[1:])
 
     def forward(self, x):
@@ -192,7 +190,7 @@ if __name__ == "__main__":
         run_dir = Path(args.resume)
         if not (run_dir / "model.pt").is_file():
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
-        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        checkpoint = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
         args = Args(**{**checkpoint["args"], "resume": args.resume})
     for flag in ("gradient_steps", "batch_size", "eval_every", "checkpoint_every", "eval_episodes", "hidden"):
         if getattr(args, flag) < 1:
@@ -216,6 +214,7 @@ if __name__ == "__main__":
         if env_id is None and data.meta.get("env_id") in gym.registry:
             env_id = data.meta["env_id"]
         train, held_out = data.split_episodes(args.validation_fraction, args.seed)
+        everything = train
         train, held_out = (best_episodes(data, episodes, args.top_percent) for episodes in (train, held_out))
         discrete = isinstance(data.action_space, gym.spaces.Discrete)
         mask = ("infos/action_mask",)
@@ -233,16 +232,22 @@ if __name__ == "__main__":
                 raise ValueError(f"--env-id {env_id}: has other actions or observations; expected {expected}")
     except (ValueError, gym.error.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    reward_mean, _ = moments(data, train, "rewards")
+    reward_mean, _ = moments(data, everything, "rewards")
+    data_scale = data.meta.get("reward_scale") or 1.0  # of the data's rewards, against the market's own
     num_actions = int(data.action_space.n) if discrete else data.action_space.shape[0]
     agent = Agent(obs_size, num_actions, discrete, args.hidden).to(device)
     agent.obs_mean.copy_(torch.tensor(data.meta["observation_mean"]))
-    agent.obs_scale.copy_(1.0 / torch.tensor(data.meta["observation_std"]).clamp(min=1e-6))
+    std = torch.tensor(data.meta["observation_std"])
+    agent.obs_scale.copy_(torch.where(std > 1e-6, 1.0 / std, 0.0))  # what never varied has taught nothing
     if not discrete:  # a market's space is far wider than what anybody orders
         mean, std = moments(data, train, "actions")
-        agent.low.copy_(torch.as_tensor(np.maximum(data.action_space.low, mean - 5.0 * std - 1e-6)))
-        agent.high.copy_(torch.as_tensor(np.minimum(data.action_space.high, mean + 5.0 * std + 1e-6)))
+        reach = np.maximum(5.0 * std, 1e-3 * (1.0 + np.abs(mean)))
+        low, high = np.maximum(data.action_space.low, mean - reach), np.minimum(data.action_space.high, mean + reach)
+        agent.low.copy_(torch.as_tensor(np.where(low < high, low, mean - reach)))  # a space may be a point
+        agent.high.copy_(torch.as_tensor(np.where(low < high, high, mean + reach)))
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    for note in data.meta.get("inferred", ()):
+        print(f"assumed {note}")
     print(f"data    {args.dataset}: {data.meta['steps']} steps, {len(train)} episodes to train, {len(held_out)} held out")
     print(f"task    {env_id or 'not named: no evaluation'}")
 
@@ -286,13 +291,16 @@ if __name__ == "__main__":
     else:
         run_dir = ledger.new_run_dir(args.runs_dir, env_id or "offline", args.exp_name, args.seed)
     batches = islice(batches, first_step - 1, None)  # the batches are those of a run that was never interrupted
+    if first_step <= args.gradient_steps:
+        batches = chain([next(batches)], batches)  # the data are read before the clock starts
     run = {
         "status": "running", "env_id": env_id, "args": dataclasses.asdict(args), **ledger.provenance(__file__, str(device)),
         "trials": 1, "risk_aversion": task.risk_aversion if task else None,
         "offline": {
             "dataset": args.dataset, "sha256": data.meta["sha256"], "steps": data.meta["steps"],
-            "episodes": data.meta["episodes"], "behaviours": data.meta.get("behaviours"), "gradient_steps": args.gradient_steps,
-            "mean_reward": float(reward_mean) * (task.panel.bars_per_year if task else 1.0),
+            "episodes": data.meta["episodes"], "behaviours": data.meta.get("behaviours"), "inferred": data.meta.get("inferred"),
+            "train_episodes": len(train), "gradient_steps": args.gradient_steps,
+            "mean_reward": float(reward_mean) / data_scale * (task.panel.bars_per_year if task else 1.0),
         },
     }  # fmt: skip
     if task:
@@ -315,11 +323,11 @@ if __name__ == "__main__":
 
     def play(episodes):
         """Returns of new episodes of a Gymnasium task without exploration."""
-        obs, _ = games.reset(seed=args.seed + 10_000)
+        obs, infos = games.reset(seed=args.seed + 10_000)
         so_far, returns, wanted = np.zeros(games.num_envs), [[] for _ in range(games.num_envs)], -(-episodes // games.num_envs)
         while min(map(len, returns)) < wanted:  # equally many of each game: the first to end are not like the rest
-            action = agent_policy(np.asarray(obs, np.float32), None)
-            obs, reward, term, trunc, _ = games.step(action)
+            action = agent_policy(np.asarray(obs, np.float32), infos.get("action_mask"))
+            obs, reward, term, trunc, infos = games.step(action)
             so_far += reward
             for game in np.flatnonzero(term | trunc):
                 returns[game].append(so_far[game])
@@ -357,7 +365,8 @@ if __name__ == "__main__":
             progress.set_postfix_str(f"{step / train_seconds:.0f} steps/s, held-out nll {-score:.4g}", refresh=False)
 
             # Fail-safe: stop cleanly, and say where
-            bad = [name for name, value in {**values, **held_loss}.items() if not np.isfinite(value)]
+            found = {**values, **held_loss, "validation score": score}
+            bad = [name for name, value in found.items() if not np.isfinite(value)]
             bad += [name for name, p in agent.named_parameters() if not torch.isfinite(p).all()]
             if bad:
                 failure = f"diverged by step {step}: {', '.join(bad)} not finite"

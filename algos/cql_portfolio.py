@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 # Threads that wait spin only briefly: with libgomp's default one busy neighbour makes training ten times slower.
@@ -74,7 +74,7 @@ class Args:
     batch_size: int = 256
     """transitions in a batch"""
     learning_rate: float = 1e-3
-    """learning rate of the critics' Adam; both fall to 0 along a cosine, except when fine-tuning"""
+    """learning rate of the critics' Adam; both fall to 0 along a cosine, unless --finetune-steps follow"""
     actor_learning_rate: float = 1e-3
     """learning rate of the actor's (continuous actions)"""
     gamma: float | None = None
@@ -88,13 +88,13 @@ class Args:
     samples: int = 10
     """actions drawn for the penalty from each of: all, the policy's here, and its at the next state (continuous actions)"""
     bc_steps: int = 1_000
-    """gradient steps in which the actor imitates the data, while the critics are not worth following yet"""
+    """gradient steps in which the actor of continuous actions imitates the data: the critics are not worth following yet"""
     calql: bool = False
     """no penalty below the data's own return from there: Cal-QL (Nakamoto et al. 2023), for fine-tuning"""
     tau: float = 0.005
     """share of the critics that moves into the target critics at each step"""
     actor_tau: float = 0.002
-    """share of the actor that moves into its average at each step; the average is what acts"""
+    """share of the actor that moves into its average at each step; the average acts (of discrete actions the target critics)"""
     max_grad_norm: float = 10.0
     """largest norm of the gradient"""
     eval_every: int = 1_000
@@ -124,10 +124,8 @@ class MLP(nn.Module):
 
     def __init__(self, size, hidden, out, copies=1, std=1.0):
         super().__init__()
-        sizes = (size, hidden, hidden, out)
-        self.weights = nn.ParameterList(
-            layer_init(torch.empty(copies, a, b), std if b is sizes[-1] else np.sqrt(2)) for a, b in zip(sizes, sizes[1:])
-        )
+        sizes, stds = (size, hidden, hidden, out), (np.sqrt(2), np.sqrt(2), std)
+        self.weights = nn.ParameterList(layer_init(torch.empty(copies, a, b), s) for a, b, s in zip(sizes, sizes[1:], stds))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(copies, 1, b)) for b in sizes[1:])
 
     def forward(self, x, actions=None):
@@ -158,6 +156,7 @@ class Agent(nn.Module):
         if not discrete:
             self.actor = MLP(obs_size, hidden, 2 * num_actions, std=0.01)
             self.steady = copy.deepcopy(self.actor).requires_grad_(False)  # moving average of the actor: it is what acts
+            self.register_buffer("updates", torch.tensor(0))
             self.log_temperature = nn.Parameter(torch.tensor(-2.0))  # of the entropy in the actor's loss
 
     def norm(self, obs):
@@ -264,7 +263,7 @@ if __name__ == "__main__":
         run_dir = Path(args.resume)
         if not (run_dir / "model.pt").is_file():
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
-        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        checkpoint = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
         args = Args(**{**checkpoint["args"], "resume": args.resume})
     for flag in (
         "gradient_steps", "batch_size", "eval_every", "checkpoint_every", "eval_episodes",
@@ -276,6 +275,11 @@ if __name__ == "__main__":
         sys.exit(f"--alpha {args.alpha}: expected 0 or more")
     if args.gamma is not None and not 0.0 <= args.gamma <= 1.0:
         sys.exit(f"--gamma {args.gamma}: expected 0 to 1")
+    if args.reward_scale is not None and args.reward_scale <= 0.0:
+        sys.exit(f"--reward-scale {args.reward_scale}: expected above 0")
+    for flag in ("tau", "actor_tau"):
+        if not 0.0 < getattr(args, flag) <= 1.0:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected above 0 and at most 1")
     if args.finetune_steps < 0:
         sys.exit(f"--finetune-steps {args.finetune_steps}: expected 0 or more")
     if args.explore_drawdown <= 0.0:
@@ -318,21 +322,28 @@ if __name__ == "__main__":
     if args.calql and gamma != data.meta.get("gamma"):
         sys.exit(f"--calql, --gamma {gamma}: expected {data.meta.get('gamma')}, by which the data's returns are discounted")
     reward_mean, reward_std, reward_max = moments(data, train, "rewards")
-    reward_scale = args.reward_scale or 1.0 / max(float(reward_std), 1e-12)
-    bound = float(reward_max) * reward_scale / max(1.0 - gamma, 1e-3)  # no policy's value is larger
+    data_scale = data.meta.get("reward_scale") or 1.0  # of the data's rewards, against the market's own
+    spread = float(reward_std) if reward_std > 1e-6 * reward_max else float(reward_max) or 1.0
+    reward_scale = 1.0 / spread if args.reward_scale is None else args.reward_scale
+    horizon = 1.0 / (1.0 - gamma) if gamma < 1.0 else float(np.diff(data.starts).max())  # bars that a value sums over
     num_actions = int(data.action_space.n) if discrete else data.action_space.shape[0]
     agent = Agent(obs_size, num_actions, discrete, args.hidden).to(device)
     agent.obs_mean.copy_(torch.tensor(data.meta["observation_mean"]))
-    agent.obs_scale.copy_(1.0 / torch.tensor(data.meta["observation_std"]).clamp(min=1e-6))
+    std = torch.tensor(data.meta["observation_std"])
+    agent.obs_scale.copy_(torch.where(std > 1e-6, 1.0 / std, 0.0))  # what never varied has taught nothing
     if not discrete:  # a market's space is far wider than what anybody orders
         mean, std, _ = moments(data, train, "actions")
-        agent.low.copy_(torch.as_tensor(np.maximum(data.action_space.low, mean - 5.0 * std - 1e-6)))
-        agent.high.copy_(torch.as_tensor(np.minimum(data.action_space.high, mean + 5.0 * std + 1e-6)))
+        reach = np.maximum(5.0 * std, 1e-3 * (1.0 + np.abs(mean)))
+        low, high = np.maximum(data.action_space.low, mean - reach), np.minimum(data.action_space.high, mean + reach)
+        agent.low.copy_(torch.as_tensor(np.where(low < high, low, mean - reach)))  # a space may be a point
+        agent.high.copy_(torch.as_tensor(np.where(low < high, high, mean + reach)))
     critic_parameters = list(agent.critic.parameters())
     actor_parameters = [] if discrete else [*agent.actor.parameters(), agent.log_temperature]
     groups = [{"params": critic_parameters, "lr": args.learning_rate}]
     groups += [] if discrete else [{"params": actor_parameters, "lr": args.actor_learning_rate}]
     optimizer = torch.optim.Adam(groups, lr=args.learning_rate, fused=True)
+    for note in data.meta.get("inferred", ()):
+        print(f"assumed {note}")
     print(f"data    {args.dataset}: {data.meta['steps']} steps, {len(train)} episodes to train, {len(held_out)} held out")
     print(f"task    {env_id or 'not named: no evaluation'}, gamma {gamma:g}, rewards x {reward_scale:.4g}")
 
@@ -388,7 +399,9 @@ if __name__ == "__main__":
         with torch.no_grad():
             torch._foreach_lerp_(list(agent.target.parameters()), critic_parameters, args.tau)
             if not discrete:
-                torch._foreach_lerp_(list(agent.steady.parameters()), list(agent.actor.parameters()), args.actor_tau)
+                agent.updates += 1
+                rate = max(args.actor_tau, 1.0 / (1.0 + agent.updates.item()))  # at first a plain mean
+                torch._foreach_lerp_(list(agent.steady.parameters()), list(agent.actor.parameters()), rate)
         return torch.stack([x.detach() for x in (actor_loss, q_loss, penalty, q_data.mean(), entropy, temperature)])
 
     @torch.no_grad()
@@ -418,6 +431,11 @@ if __name__ == "__main__":
         buffer = {key: torch.zeros((capacity, *value.shape[1:]), dtype=torch.as_tensor(value).dtype) for key, value in
                   validation.items()}  # fmt: skip
         mask_now = infos.get("action_mask")
+        needed = sum(value.numel() * value.element_size() for value in buffer.values()) / 2**20
+        if needed > args.memory_mb:
+            sys.exit(
+                f"--finetune-steps {args.finetune_steps}: needs {needed:.0f} MiB, more than --memory-mb {args.memory_mb:g}"
+            )
     if checkpoint:
         if args.finetune_steps and not task:
             sys.exit(f"--resume {args.resume}: {env_id} cannot save its state; expected a run that is not fine-tuned there")
@@ -434,6 +452,7 @@ if __name__ == "__main__":
         logs, logged, held_loss = checkpoint["logs"].to(device), checkpoint["logged"], checkpoint["held_loss"]
         if checkpoint["online"]:
             saved = checkpoint["online"]
+            reward_max = saved["reward_max"]
             train_envs.set_state({k: v.numpy() for k, v in saved["envs"].items()})
             for key, value in saved["buffer"].items():
                 buffer[key][: len(value)] = value
@@ -445,13 +464,16 @@ if __name__ == "__main__":
     else:
         run_dir = ledger.new_run_dir(args.runs_dir, env_id or "offline", args.exp_name, args.seed)
     batches = islice(batches, first_step - 1, None)  # the batches are those of a run that was never interrupted
+    if first_step <= total_steps:
+        batches = chain([next(batches)], batches)  # the data are read before the clock starts
     run = {
         "status": "running", "env_id": env_id, "args": dataclasses.asdict(args), **ledger.provenance(__file__, str(device)),
         "trials": 1, "risk_aversion": task.risk_aversion if task else None,
         "offline": {
             "dataset": args.dataset, "sha256": data.meta["sha256"], "steps": data.meta["steps"],
-            "episodes": data.meta["episodes"], "behaviours": data.meta.get("behaviours"), "gradient_steps": args.gradient_steps,
-            "mean_reward": float(reward_mean) * (task.panel.bars_per_year if task else 1.0),
+            "episodes": data.meta["episodes"], "behaviours": data.meta.get("behaviours"), "inferred": data.meta.get("inferred"),
+            "train_episodes": len(train), "gradient_steps": args.gradient_steps,
+            "mean_reward": float(reward_mean) / data_scale * (task.panel.bars_per_year if task else 1.0),
         },
     }  # fmt: skip
     if task:
@@ -472,14 +494,18 @@ if __name__ == "__main__":
         mask = None if mask is None else torch.as_tensor(mask).to(device)
         return agent.act(torch.as_tensor(observation).to(device), mask).cpu().numpy()
 
+    def largest_value():
+        """Twice what the rewards seen so far can sum to, discounted, and some room for networks just made."""
+        return 2.0 * float(reward_max) * reward_scale * horizon + 10.0
+
     def play(episodes):
         """Returns of new episodes of a Gymnasium task without exploration."""
         games = make_envs(env_id, task, min(16, episodes), args.num_threads)
-        obs, _ = games.reset(seed=args.seed + 10_000)
+        obs, infos = games.reset(seed=args.seed + 10_000)
         so_far, returns, wanted = np.zeros(games.num_envs), [[] for _ in range(games.num_envs)], -(-episodes // games.num_envs)
         while min(map(len, returns)) < wanted:  # equally many of each game: the first to end are not like the rest
-            action = agent_policy(np.asarray(obs, np.float32), None)
-            obs, reward, term, trunc, _ = games.step(action)
+            action = agent_policy(np.asarray(obs, np.float32), infos.get("action_mask"))
+            obs, reward, term, trunc, infos = games.step(action)
             so_far += reward
             for game in np.flatnonzero(term | trunc):
                 returns[game].append(so_far[game])
@@ -515,6 +541,8 @@ if __name__ == "__main__":
                 new |= dict(zip(MASKS, (mask_now, known_mask)))
             if args.calql:
                 new[RETURN] = np.full(args.finetune_envs, -np.inf)  # until the episode is over
+            new["rewards"] = data_scale * reward
+            reward_max = max(reward_max, float(np.abs(new["rewards"]).max()))
             for key, value in new.items():
                 buffer[key][filled : filled + args.finetune_envs] = torch.as_tensor(np.asarray(value))
             for market in np.flatnonzero(over) if args.calql else ():
@@ -535,7 +563,7 @@ if __name__ == "__main__":
             pick = torch.randint(filled, (args.batch_size - half,))
             batch = {key: torch.cat([torch.as_tensor(value[:half]), buffer[key][pick]]) for key, value in batch.items()}
 
-        decay = 1.0 if online else 0.5 * (1.0 + math.cos(math.pi * (step - 1) / args.gradient_steps))
+        decay = 1.0 if args.finetune_steps else 0.5 * (1.0 + math.cos(math.pi * (step - 1) / args.gradient_steps))
         for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.actor_learning_rate)):
             group["lr"] = rate * decay
         logs, logged = logs + update(to_tensors(batch, agent, device), step <= args.bc_steps), logged + 1
@@ -548,7 +576,10 @@ if __name__ == "__main__":
         # Validation: held-out episodes, and, where the market is known, a backtest on its validation split
         stop_early = False
         if step % args.eval_every == 0 or step == total_steps or switch:
-            values, held_loss = dict(zip(LOGGED, (logs / logged).tolist())), evaluate(held)
+            values = dict(zip(LOGGED, (logs / logged).tolist()))
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(args.seed)  # the same draws every time, and none of the training's
+                held_loss = evaluate(held)
             logs, logged = torch.zeros_like(logs), 0
             score = task.score(task.run("val", agent_policy)) if task else -held_loss["loss"]
             writer.add_scalar("charts/SPS", step / train_seconds, step)
@@ -563,19 +594,22 @@ if __name__ == "__main__":
             progress.set_postfix_str(f"{step / train_seconds:.0f} steps/s, validation {score:.4g}", refresh=False)
 
             # Fail-safe: stop cleanly, and say where
-            bad = [name for name, value in {**values, **held_loss}.items() if not np.isfinite(value)]
+            found = {**values, **held_loss, "validation score": score}
+            bad = [name for name, value in found.items() if not np.isfinite(value)]
             bad += [name for name, p in agent.named_parameters() if not torch.isfinite(p).all()]
             if bad:
                 failure = f"diverged by step {step}: {', '.join(bad)} not finite"
-            elif held_loss["q"] > bound:
-                failure = f"diverged by step {step}: mean |Q| {held_loss['q']:.4g}, no return exceeds {bound:.4g}"
+            bound = largest_value()
+            if held_loss["q"] > bound and not bad:
+                failure = f"diverged by step {step}: mean |Q| {held_loss['q']:.4g}; rewards seen can sum to half of {bound:.4g}"
             if failure:
                 break
             evals_since_best += 1
             if score > best_score:
                 best_score, evals_since_best, best_step = score, 0, step
                 best_model = {k: v.clone() for k, v in agent.state_dict().items()}
-            switch_score = score if switch else switch_score
+            if switch and args.finetune_steps:
+                switch_score, evals_since_best = score, 0  # what comes now is another search
             stop_early = 0 < args.patience <= evals_since_best and (online or not args.finetune_steps)
         if step % args.checkpoint_every == 0 or step == total_steps or stop_early:
             save_checkpoint(run_dir / "model.pt", {
@@ -589,6 +623,7 @@ if __name__ == "__main__":
                 "online": {
                     "envs": {k: torch.as_tensor(v) for k, v in train_envs.get_state().items()},
                     "buffer": {key: value[:filled].clone() for key, value in buffer.items()}, "recent_returns": recent_returns,
+                    "reward_max": float(reward_max),
                     "obs": torch.as_tensor(obs_now), "mask": None if mask_now is None else torch.as_tensor(mask_now),
                     "accounts": torch.as_tensor(np.stack([episode_return, equity, peak])),
                     "begun": torch.as_tensor(begun),
@@ -606,7 +641,7 @@ if __name__ == "__main__":
         "wall_clock": time.time() - started, "sps": step / max(train_seconds, 1e-9), "val_score": best_score,
         "env_steps": filled, "last_100_returns": float(np.mean(recent_returns)) if recent_returns else None,
     }  # fmt: skip
-    run["offline"] |= {"best_step": best_step, "switch_score": switch_score, "held_out": held_loss, "bound": bound}
+    run["offline"] |= {"best_step": best_step, "switch_score": switch_score, "held_out": held_loss, "bound": largest_value()}
     if failure:
         ledger.write_json(run_dir / "run.json", run)
         sys.exit(f"{failure}; the last good checkpoint, if any, is in {run_dir}")

@@ -153,8 +153,8 @@ def test_tensorboard_has_cleanrls_tags(script, base):
     for tag in tags:
         assert [event.step for event in events.Scalars(tag)] == steps, tag
     rates = np.array([event.value for event in events.Scalars("charts/learning_rate")])
-    # along a cosine, and constant online
-    expected = [0.5 * (1 + np.cos(np.pi * (n - 1) / GRADIENT_STEPS)) if n <= GRADIENT_STEPS else 1.0 for n in steps]
+    # along a cosine, unless the run goes on online
+    expected = [1.0 if script.online else 0.5 * (1 + np.cos(np.pi * (n - 1) / GRADIENT_STEPS)) for n in steps]
     np.testing.assert_allclose(rates / base.json["args"]["learning_rate"], expected, rtol=1e-5)
     best = base.json["val_score"]
     if script.name != "bc_portfolio":
@@ -615,6 +615,54 @@ def test_exploration_is_none_where_it_is_nought(script, inside, tmp_path):
     else:
         assert (wild != 1).all()
         # IQL draws from its policy, CQL one action in ten from the two that are allowed
-        likely = agent.policy(agent.norm(obs), mask).detach().exp().amax(dim=1)
+        acts = agent.steady if script.name == "iql_portfolio" else True
+        likely = agent.policy(agent.norm(obs), mask, acts).detach().exp().amax(dim=1)
         expected = (1 - likely).mean().item() if script.name == "iql_portfolio" else 0.1 / 2
         assert changed.item() == pytest.approx(expected, abs=0.03)
+
+
+def test_layers_are_initialised_by_their_place(script):
+    """Also where the output is as wide as the hidden layers."""
+    mlp = script.module.MLP(5, 32, 32, std=0.01)
+    scales = [torch.linalg.svdvals(weight).max().item() for weight in mlp.weights]
+    np.testing.assert_allclose(scales, [2**0.5, 2**0.5, 0.01], rtol=1e-4)
+
+
+def test_what_never_varied_says_nothing(script, inside, tmp_path):
+    """A column that is constant in the data has weight 0 whatever it becomes; constant actions leave a range around them."""
+    rows = {"observations": np.random.default_rng(0).normal(size=(400, 3)), "rewards": np.ones(400), "terminals": np.zeros(400)}
+    rows["observations"][:, 1] = 7.0
+    rows["actions"] = np.ones(400, int) if script.discrete else np.full((400, 2), 50.0)
+    rows["timeouts"] = (np.arange(400) % 10 == 9).astype(float)
+    path = tmp_path / "data.hdf5"
+    with h5py.File(path, "w") as file:
+        for key, values in rows.items():
+            file[key] = values.astype(np.int64 if values.dtype.kind == "i" else np.float32)
+    g = inside("--dataset", str(path), *SMALL, "--gradient-steps", "40")
+    agent, run = g["agent"], g["run"]
+    assert agent.norm(torch.tensor([[0.0, -9.0, 0.0]]))[0, 1] == 0.0 and run["status"] == "finished"
+    assert any("timed out" in note or "next_observations" in note for note in run["offline"]["inferred"])
+    if not script.discrete:
+        assert (agent.high > agent.low).all() and torch.isfinite(agent.scale(torch.full((1, 2), 50.0))).all()
+    if script.online:  # rewards that do not vary are scaled by their size
+        assert g["reward_scale"] == pytest.approx(1.0)
+
+
+def test_patience_begins_anew_online(script, inside, datasets, few_resamples):
+    """With networks that do not move no validation is better than the first; two of them online end the run."""
+    if not script.online:
+        pytest.skip("no steps of the market")
+    still = ["--learning-rate", "1e-30", *(["--actor-learning-rate", "1e-30"] if script.name == "cql_portfolio" else [])]
+    folder = Path(inside(*script.options(datasets), *still, "--eval-every", "10", "--patience", "2")["run_dir"])
+    steps = [event.step for event in scalars(folder).Scalars("charts/SPS")]
+    assert steps[-1] == GRADIENT_STEPS + 20 < script.total_steps
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("--tau", "0"), ("--actor-tau", "1.5"), ("--reward-scale", "0"), ("--reward-scale", "-1")]
+)
+def test_flags_out_of_range_are_named(script, complaint, datasets, flag, value):
+    if not script.online:
+        pytest.skip("no critics")
+    line = complaint(*script.options(datasets), flag, value)
+    assert flag in line and value in line and "expected" in line
