@@ -67,7 +67,7 @@ class Args:
     eval_episodes: int = 100
     """on Gymnasium ids: episodes of an evaluation"""
 
-    gradient_steps: int = 10_000
+    gradient_steps: int = 8_000
     """batches to learn from"""
     batch_size: int = 512
     """transitions in a batch"""
@@ -81,7 +81,7 @@ class Args:
     """factor on rewards (one over their standard deviation by default); with --no-norm-adv the same as --beta to the actor"""
     expectile: float = 0.7
     """of the target critics over the data's actions that the value is; 0.5: their mean, 1: their maximum"""
-    beta: float = 4.0
+    beta: float = 2.0
     """the actor imitates each action in proportion to exp(beta * advantage), at most 100"""
     norm_adv: bool = True
     """advantages in units of their mean size, much as in MARWIL (Wang et al. 2018); else of the scaled rewards"""
