@@ -5,7 +5,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python=python3
-needed="import envs.ledger, gymnasium, skfolio, tensorboard, torch, tqdm, tyro"
+needed="import envs.ledger, gymnasium, h5py, skfolio, tensorboard, torch, tqdm, tyro"
 if ! "$python" -c "$needed" 2>/dev/null; then
     python="$root/.venv/bin/python"
     if ! "$python" -c "$needed" 2>/dev/null; then

@@ -26,6 +26,7 @@ INCIDENTAL = {
     *("seed", "exp_name", "runs_dir", "resume", "num_threads", "cuda", "torch_deterministic", "checkpoint_every", "only"),
     *("track", "wandb_project_name", "wandb_entity", "market", "symbols", "start", "end", "resample", "train_fraction"),
     *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes", "dataset"),
+    *("log_dataset", "log_at", "log_episodes", "log_noise", "log_epsilon"),
 }
 
 
