@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -355,5 +356,32 @@ def complaint(inside, capsys, tmp_path):
             return caught.value.code
         assert caught.value.code == 2
         return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+    return call
+
+
+@pytest.fixture
+def unexplained(inside, monkeypatch, capsys):
+    """Which of some arguments --help lists without a default, or explains in fewer than two words."""
+
+    def call(names) -> set[str]:
+        monkeypatch.setenv("COLUMNS", "160")
+        with pytest.raises(SystemExit) as caught:
+            inside("--help")
+        assert caught.value.code == 0
+        entries = {}
+        for line in capsys.readouterr().out.splitlines():
+            text = line.strip("│ ")
+            if start := re.match(r"(?:-h, )?--([a-z-]+)", text):
+                entries[flag := start[1]] = ""
+            if entries:
+                entries[flag] += f" {text}"
+        found = set()
+        for name in names:
+            told, default, _ = entries[name.replace("_", "-")].rpartition("(default:")
+            words = re.findall(r"(?<![-\w])[a-z]{2,}", re.sub(r"--[\w-]+|\{.*?\}|\[.*?\]", "", told))
+            if not default or len(words) < 2:
+                found.add(name)
+        return found
 
     return call
