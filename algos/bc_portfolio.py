@@ -377,7 +377,8 @@ if __name__ == "__main__":
                 best_score, evals_since_best, best_step = score, 0, step
                 best_model = {k: v.clone() for k, v in agent.state_dict().items()}
             stop_early = args.patience > 0 and evals_since_best >= args.patience
-        if step % args.checkpoint_every == 0 or step == args.gradient_steps or stop_early:
+        due = step % args.checkpoint_every == 0 or step == args.gradient_steps or stop_early
+        if due and all(torch.isfinite(p).all() for p in agent.parameters()):  # if not, the next validation says so
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "sha256": data.meta["sha256"],
                 "step": args.gradient_steps if stop_early else step,

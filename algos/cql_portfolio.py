@@ -611,7 +611,8 @@ if __name__ == "__main__":
             if switch and args.finetune_steps:
                 switch_score, evals_since_best = score, 0  # what comes now is another search
             stop_early = 0 < args.patience <= evals_since_best and (online or not args.finetune_steps)
-        if step % args.checkpoint_every == 0 or step == total_steps or stop_early:
+        due = step % args.checkpoint_every == 0 or step == total_steps or stop_early
+        if due and all(torch.isfinite(p).all() for p in agent.parameters()):  # if not, the next validation says so
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "sha256": data.meta["sha256"],
                 "step": total_steps if stop_early else step,

@@ -652,3 +652,14 @@ def test_flags_out_of_range_are_named(script, complaint, datasets, flag, value):
         pytest.skip("no critics")
     line = complaint(*script.options(datasets), flag, value)
     assert flag in line and value in line and "expected" in line
+
+
+def test_a_checkpoint_between_two_validations_is_finite(script, inside, tmp_path):
+    data = toy(tmp_path / "toy" / "dataset.hdf5", script.discrete)
+    options = ["--gradient-steps", "40", "--eval-every", "40", "--checkpoint-every", "1", "--learning-rate", "1e30"]
+    options += ["--actor-learning-rate", "1e30"] if script.name == "cql_portfolio" else []
+    with pytest.raises(SystemExit, match="diverged by step 40"):
+        inside("--dataset", str(data), *SMALL, *options, "--max-grad-norm", "1e30")
+    for path in (tmp_path / "runs").glob("*/model.pt"):
+        weights = torch.load(path, weights_only=True)["model"]
+        assert all(torch.isfinite(value).all() for value in weights.values())
