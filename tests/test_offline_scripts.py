@@ -634,22 +634,20 @@ def test_what_never_varied_says_nothing(script, inside, tmp_path):
         assert g["reward_scale"] == pytest.approx(1.0)
 
 
+@some([name for name, case in CASES.items() if case.online])
 def test_patience_begins_anew_online(script, inside, datasets, few_resamples):
     """With networks that do not move no validation is better than the first; two of them online end the run."""
-    if not script.online:
-        pytest.skip("no steps of the market")
     still = ["--learning-rate", "1e-30", *(["--actor-learning-rate", "1e-30"] if script.name == "cql_portfolio" else [])]
     folder = Path(inside(*script.options(datasets), *still, "--eval-every", "10", "--patience", "2")["run_dir"])
     steps = [event.step for event in scalars(folder).Scalars("charts/SPS")]
     assert steps[-1] == GRADIENT_STEPS + 20 < script.total_steps
 
 
+@some([name for name, case in CASES.items() if case.online])
 @pytest.mark.parametrize(
     "flag, value", [("--tau", "0"), ("--actor-tau", "1.5"), ("--reward-scale", "0"), ("--reward-scale", "-1")]
 )
 def test_flags_out_of_range_are_named(script, complaint, datasets, flag, value):
-    if not script.online:
-        pytest.skip("no critics")
     line = complaint(*script.options(datasets), flag, value)
     assert flag in line and value in line and "expected" in line
 
