@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from envs import ledger
 from envs.dataset import Dataset
-from envs.task import Task
+from envs.task import MARKETS, Task
 
 LOGGED = ("actor_loss",)  # of every gradient step
 
@@ -152,6 +152,13 @@ class Agent(nn.Module):
         return out.argmax(dim=1) if self.discrete else self.unscale(out.clamp(-1.0, 1.0))
 
 
+def make_envs(env_id, task, num_envs):
+    """Training episodes of the market, or of a Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
+    if task:
+        return task.make(num_envs, "train")
+    return gym.make_vec(env_id, num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
+
+
 def to_tensors(batch, agent, device):
     """Normalised observations, actions, and masks or None, of a batch of the data."""
     obs, actions, *mask = (torch.as_tensor(batch[key]).to(device) for key in batch)
@@ -211,7 +218,9 @@ if __name__ == "__main__":
         data = Dataset(args.dataset, gym.make(args.env_id).action_space if args.env_id else None)
         task = Task.of(data)
         env_id = task.env_id if task else args.env_id
-        if env_id is None and data.meta.get("env_id") in gym.registry:
+        if task and args.env_id not in (None, env_id):
+            raise ValueError(f"--env-id {args.env_id}: the data are of {env_id}; expected no --env-id")
+        if env_id is None and data.meta.get("env_id") in gym.registry.keys() - MARKETS.keys():
             env_id = data.meta["env_id"]
         train, held_out = data.split_episodes(args.validation_fraction, args.seed)
         everything = train
@@ -222,14 +231,10 @@ if __name__ == "__main__":
         batches = data.batches(train, args.batch_size, args.seed, args.memory_mb, keys)
         validation = next(data.batches(held_out, 8192, args.seed, args.memory_mb, keys))
         obs_size = data.keys["observations"][1][0]
-        games = None
-        if env_id and not task:
-            games = gym.make_vec(
-                env_id, 16, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
-            )
-            if (games.single_action_space, *games.single_observation_space.shape) != (data.action_space, obs_size):
-                expected = f"the data's {data.action_space} and ({obs_size},)"
-                raise ValueError(f"--env-id {env_id}: has other actions or observations; expected {expected}")
+        games = make_envs(env_id, task, min(16, args.eval_episodes)) if env_id else None
+        if games and (games.single_action_space, *games.single_observation_space.shape) != (data.action_space, obs_size):
+            found = f"{data.action_space} and observations ({obs_size},)"
+            raise ValueError(f"{args.dataset}: actions of {found}: expected those of {env_id}")
     except (ValueError, gym.error.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     reward_mean, _ = moments(data, everything, "rewards")

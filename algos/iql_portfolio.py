@@ -26,7 +26,7 @@ from tqdm import tqdm
 from envs import ledger
 from envs.costs import EQUITY
 from envs.dataset import TRANSITION, Dataset
-from envs.task import Task
+from envs.task import MARKETS, Task
 
 LOGGED = ("actor_loss", "value_loss", "critic_loss", "q", "value", "capped")  # of every gradient step
 
@@ -269,7 +269,9 @@ if __name__ == "__main__":
         data = Dataset(args.dataset, gym.make(args.env_id).action_space if args.env_id else None)
         task = Task.of(data)
         env_id = task.env_id if task else args.env_id
-        if env_id is None and data.meta.get("env_id") in gym.registry:
+        if task and args.env_id not in (None, env_id):
+            raise ValueError(f"--env-id {args.env_id}: the data are of {env_id}; expected no --env-id")
+        if env_id is None and data.meta.get("env_id") in gym.registry.keys() - MARKETS.keys():
             env_id = data.meta["env_id"]
         train, held_out = data.split_episodes(args.validation_fraction, args.seed)
         discrete = isinstance(data.action_space, gym.spaces.Discrete)
@@ -281,13 +283,12 @@ if __name__ == "__main__":
         if args.finetune_steps and not env_id:
             raise ValueError(f"--finetune-steps {args.finetune_steps}: the data name no market; expected --env-id")
         train_envs = make_envs(env_id, task, args.finetune_envs, args.num_threads) if env_id else None
-        if env_id and (train_envs.single_action_space, *train_envs.single_observation_space.shape) != (
+        if train_envs and (train_envs.single_action_space, *train_envs.single_observation_space.shape) != (
             data.action_space,
             obs_size,
         ):
-            raise ValueError(
-                f"--env-id {env_id}: other actions or observations than the data's {data.action_space}, ({obs_size},)"
-            )
+            found = f"{data.action_space} and observations ({obs_size},)"
+            raise ValueError(f"{args.dataset}: actions of {found}: expected those of {env_id}")
     except (ValueError, gym.error.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     gamma = args.gamma if args.gamma is not None else data.meta.get("gamma", 0.99)

@@ -48,7 +48,7 @@ def small():
     return setting(make_panel(SMALL, seed=3))
 
 
-class Stub:
+class FixedDraws:
     """A generator whose normal numbers are given."""
 
     def __init__(self, numbers):
@@ -133,11 +133,11 @@ def test_what_no_score_reaches_is_left_to_cash():
 
 def test_log_probabilities_of_scores_are_those_of_the_action_that_is_logged():
     mean = np.array([[0.5, -9.9], [0.0, 0.0]])
-    actions, logprob = behaviours.explore(mean, 0.2, Stub([[1.0, -2.0]]))
+    actions, logprob = behaviours.explore(mean, 0.2, FixedDraws([[1.0, -2.0]]))
     np.testing.assert_allclose(actions, [[0.7, -10.0], [0.2, -0.4]], rtol=1e-6)
     density = np.log(1 / (0.2 * np.sqrt(2 * np.pi))) * 2 - 0.5 * np.array([1.0 + 0.5**2, 1.0 + 4.0])  # -9.9 and the clipped -10
     np.testing.assert_allclose(logprob, density, rtol=1e-5)
-    still, none = behaviours.explore(mean, 0.0, Stub([[1.0, -2.0]]))
+    still, none = behaviours.explore(mean, 0.0, FixedDraws([[1.0, -2.0]]))
     assert none is None and still.tolist() == mean.astype(np.float32).tolist()
 
 

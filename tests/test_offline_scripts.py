@@ -661,3 +661,10 @@ def test_a_checkpoint_between_two_validations_is_finite(script, inside, tmp_path
     for path in (tmp_path / "runs").glob("*/model.pt"):
         weights = torch.load(path, weights_only=True)["model"]
         assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_an_id_beside_a_market_is_refused(script, complaint, datasets):
+    """Not ignored: it is of the market's kind of actions, or of another; either way not where the data come from."""
+    other = "LeadLag-v0" if script.discrete else "Portfolio-v0"
+    other = other if other != script.env_id else ("CartPole-v1" if script.discrete else "Pendulum-v1")
+    assert "expected" in complaint(*script.options(datasets), "--env-id", other)
