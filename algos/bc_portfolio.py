@@ -202,8 +202,13 @@ if __name__ == "__main__":
     for flag in ("gradient_steps", "batch_size", "eval_every", "checkpoint_every", "eval_episodes", "hidden"):
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    for flag in ("learning_rate", "patience"):
+        if getattr(args, flag) < 0:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 0 or more")
     if not 0.0 < args.top_percent <= 100.0:
         sys.exit(f"--top-percent {args.top_percent}: expected above 0 and at most 100")
+    if args.max_grad_norm <= 0.0:
+        sys.exit(f"--max-grad-norm {args.max_grad_norm}: expected above 0")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
 
     # Seed, threads, device

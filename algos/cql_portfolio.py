@@ -272,8 +272,9 @@ if __name__ == "__main__":
     ):  # fmt: skip
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
-    if args.alpha < 0.0:
-        sys.exit(f"--alpha {args.alpha}: expected 0 or more")
+    for flag in ("alpha", "bc_steps", "learning_rate", "actor_learning_rate", "patience", "finetune_steps"):
+        if getattr(args, flag) < 0:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 0 or more")
     if args.gamma is not None and not 0.0 <= args.gamma <= 1.0:
         sys.exit(f"--gamma {args.gamma}: expected 0 to 1")
     if args.reward_scale is not None and args.reward_scale <= 0.0:
@@ -281,10 +282,9 @@ if __name__ == "__main__":
     for flag in ("tau", "actor_tau"):
         if not 0.0 < getattr(args, flag) <= 1.0:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected above 0 and at most 1")
-    if args.finetune_steps < 0:
-        sys.exit(f"--finetune-steps {args.finetune_steps}: expected 0 or more")
-    if args.explore_drawdown <= 0.0:
-        sys.exit(f"--explore-drawdown {args.explore_drawdown}: expected above 0")
+    for flag in ("explore_drawdown", "max_grad_norm"):
+        if getattr(args, flag) <= 0.0:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected above 0")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
 
     # Seed, threads, device

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from paired import SCORES, Draws
+from paired import DRAWN, Draws
 from rundirs import BARS, Run, checked
 
 ONLINE = {"LeadLag-v0": "ppo_leadlag", "Portfolio-v0": "ppo_portfolio"}
@@ -31,17 +31,12 @@ class Medians(Draws):
     """
 
     def __init__(self, rows: dict[str, list[Run]], risk_aversion: float, resamples: int, seed: int):
-        # Draws keeps ratios of sums over the bars of a draw; the net return in the place of the turnover keeps its mean.
-        swapped = {
-            name: [replace(run, ledger=run.ledger.assign(turnover=run.ledger["net_return"])) for run in runs]
-            for name, runs in rows.items()
-        }
-        super().__init__(swapped, resamples, seed)
+        super().__init__(rows, resamples, seed)
         self.drawn: dict[tuple[str, str], dict[int, np.ndarray]] = {}
         for name, found in self.found.items():
             for number, values in found.items():
-                of = dict(zip(SCORES, values.T))
-                sharpe, mean = of["sharpe"], of["turnover"]
+                of = dict(zip(DRAWN, values.T, strict=True))
+                sharpe, mean = of["sharpe"], of["net_return"]
                 deviation = np.divide(mean, sharpe, out=np.zeros_like(mean), where=sharpe != 0)  # a Sharpe ratio's other half
                 utility = mean - 0.5 * risk_aversion * deviation**2
                 for score, values in (("sharpe", sharpe), ("growth", of["growth"]), ("utility", utility)):

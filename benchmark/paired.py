@@ -13,7 +13,8 @@ from scipy.stats import trim_mean
 from envs.ledger import growth, quantile_levels
 
 CHARGES = ("commission", "spread", "slippage", "impact", "borrow", "financing")
-SCORES = ("sharpe", "growth", "turnover", "cost")  # those that are functions of sums over bars
+SCORES = ("sharpe", "growth", "turnover", "cost")  # that rows are compared by
+DRAWN = (*SCORES, "net_return")  # all functions of sums over bars; rates a year
 WHOLE = 10  # markets from which on they are redrawn whole, as in envs.ledger
 CHUNK = 16_000_000  # counts held at once
 
@@ -21,7 +22,7 @@ CHUNK = 16_000_000  # counts held at once
 class Draws:
     """Scores of every run on every draw.
 
-    found[row][seed]: (resamples + 1, len(SCORES)); entry 0 holds the scores themselves, markets pooled as in ledger.summarise.
+    found[row][seed]: (resamples + 1, len(DRAWN)); entry 0 holds the scores themselves, markets pooled as in ledger.summarise.
     cells[row][seed]: (resamples + 1, M) Sharpe ratios of its markets, or, where bars are drawn, of all of them pooled (M = 1).
     how: what was drawn, in words. block: mean block length in bars, None where markets are drawn whole.
 
@@ -68,7 +69,7 @@ class Draws:
     def _scores(
         self, sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, per_year: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(resamples + 1, runs, scores) from sums (units, runs, 5) of units that hold `sizes` (units,) bars.
+        """(resamples + 1, runs, len(DRAWN)) from sums (units, runs, 5) of units that hold `sizes` (units,) bars.
 
         And which units were drawn, (resamples + 1, units), where markets are drawn whole; the first are the units themselves.
         """
@@ -85,7 +86,7 @@ class Draws:
                     kept.append(drawn)
             n = (counts @ sizes)[:, None]
             x, squares, log_growth, turnover, cost = np.moveaxis((counts @ flat).reshape(some, runs, width), 2, 0)
-            rates = (total / np.maximum(n, 1) * per_year for total in (log_growth, turnover, cost))
+            rates = (total / np.maximum(n, 1) * per_year for total in (log_growth, turnover, cost, x))
             parts.append(np.stack([_sharpe(n, x, squares, per_year), *rates], axis=2))
             todo -= some
         return np.concatenate(parts), np.array(kept, dtype=np.int64)
@@ -106,7 +107,7 @@ class Draws:
         return np.random.default_rng(key).integers(count, size=(self.resamples, count))
 
     def row(self, name: str, seeds: list[int] | None = None) -> np.ndarray:
-        """(resamples + 1, scores) of a row: the mean over its seeds, which are drawn too."""
+        """(resamples + 1, len(DRAWN)) of a row: the mean over its seeds, which are drawn too."""
         found = self.found[name]
         seeds = sorted(found) if seeds is None else seeds
         scores = np.stack([found[s] for s in seeds], axis=1)

@@ -194,7 +194,9 @@ def test_returns_must_be_discounted_as_the_values_are(complaint, tmp_path):
     assert "infos/mc_return" in complaint("--dataset", str(foreign), "--calql")
 
 
-@pytest.mark.parametrize("options", [["--alpha", "-1"], ["--samples", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--alpha", "-1"], ["--samples", "0"], ["--bc-steps", "-1"], ["--actor-learning-rate", "-1"]]
+)
 def test_bad_input_is_named(complaint, options):
     line = complaint(*options)
     assert f"{options[0]} {options[1]}" in line and "expected" in line

@@ -59,3 +59,9 @@ def test_losses_gradients_and_targets(inside, tmp_path, discrete, norm_adv):
         torch.testing.assert_close(new, before + args.tau * (critic - before))
     for new, before, actor in zip(agent.steady.parameters(), old.steady.parameters(), agent.actor.parameters()):
         torch.testing.assert_close(new, before + 0.5 * (actor - before))
+
+
+@pytest.mark.parametrize("options", [["--beta", "-1"], ["--expectile", "1"], ["--tau", "0"], ["--actor-tau", "1.5"]])
+def test_bad_input_is_named(complaint, options):
+    line = complaint(*options)
+    assert f"{options[0]} {options[1]}" in line and "expected" in line
