@@ -70,7 +70,7 @@ class Args:
     eval_episodes: int = 100
     """on Gymnasium ids: episodes of an evaluation"""
 
-    gradient_steps: int = 6_000
+    gradient_steps: int = 10_000
     """batches to learn from"""
     batch_size: int = 256
     """transitions in a batch"""

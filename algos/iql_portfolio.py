@@ -71,8 +71,9 @@ class Args:
     """batches to learn from"""
     batch_size: int = 512
     """transitions in a batch"""
-    learning_rate: float = 1e-3
-    """learning rate of Adam; the actor's falls to 0 along a cosine, unless --finetune-steps follow"""
+    learning_rate: float | None = None
+    """learning rate of Adam (1e-3 by default, 3e-4 with discrete actions, which are overfitted sooner); the actor's falls to 0
+    along a cosine, unless --finetune-steps follow"""
     gamma: float | None = None
     """discount factor (the data's by default, else 0.99)"""
     hidden: int = 64
@@ -241,7 +242,7 @@ if __name__ == "__main__":
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
     for flag in ("beta", "learning_rate", "patience", "finetune_steps"):
-        if getattr(args, flag) < 0:
+        if (getattr(args, flag) or 0) < 0:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 0 or more")
     if not 0.0 < args.expectile < 1.0:
         sys.exit(f"--expectile {args.expectile}: expected above 0 and below 1")
@@ -291,6 +292,7 @@ if __name__ == "__main__":
             raise ValueError(f"{args.dataset}: actions of {found}: expected those of {env_id}")
     except (ValueError, gym.error.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    args.learning_rate = args.learning_rate if args.learning_rate is not None else (3e-4 if discrete else 1e-3)
     gamma = args.gamma if args.gamma is not None else data.meta.get("gamma", 0.99)
     reward_mean, reward_std, reward_max = moments(data, train, "rewards")
     data_scale = data.meta.get("reward_scale") or 1.0  # of the data's rewards, against the market's own
