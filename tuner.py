@@ -1,0 +1,594 @@
+"""Search the arguments of any script with Optuna, by its score on the validation split, and say what was gained on the test.
+
+`python tuner.py --script algos/ppo_leadlag.py --trials 30`. What stands after `--` goes to every run of the script as it is:
+`python tuner.py --script algos/ppo_portfolio.py --seeds 1 2 3 -- --market sp500 --total-timesteps 2000000`.
+
+--space names flags of the script, as its --help lists them, and what each may be:
+    learning-rate=log:1e-4:1e-2   a number, on a logarithmic scale      update-epochs=int:1:8        a whole number
+    ent-coef=0:0.05               a number                              num-steps=logint:16:256      the same, logarithmic
+    norm-adv=true|false           one of these                          ent-coef==0.01               always this
+and two words stand for several, listed in benchmark/space.py: `default`, which is also what is searched without --space, for the
+flags that the script has, and `reward-weights` for the penalties of ppo_portfolio. A later entry replaces an earlier one.
+
+Trial 0 is the script's defaults, so a range has to hold the default; another start can be given after `--`. A trial is a run
+for every seed and market, one process after the other; its value is the median of their scores. The test split is read once,
+at the end, for the best trial and for trial 0.
+
+--grid runs every combination of the listed values instead, --ablate one change at a time from the first values; both end with a
+table of effects. With neither factor nor value, `--grid` is a sweep over seeds.
+
+The same command again goes on where it was; started on several machines that share --out and --storage, they share the trials.
+Results are in --out: best.json, trials.json, report.html, report.md, the best runs in best/ and those of trial 0 in start/.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import optuna
+import tyro
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from benchmark.samplers import make_sampler
+from benchmark.space import DEFAULT, Value, as_arguments, environment, flags_of, read_space, text_of, value_in
+from benchmark.sweep import Failure, aggregate, score_of, write_results
+
+ROOT = Path(__file__).resolve().parent
+CHOOSING = ("penalty-variance", "risk-aversion", "utility")  # flags that change what a script chooses its model by
+OURS = ("seed", "runs-dir", "resume")  # flags that are set here
+RETRIES = 3  # of a trial whose worker vanished: the fourth time it is held to be the trial's fault
+HOPELESS = 3  # failures before anything succeeds
+POLL = 1.0  # seconds between two looks at a running process
+PATIENCE = 5.0  # seconds that a process has to end by itself
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of prctl, <linux/prctl.h>
+
+
+@dataclass
+class Args:
+    script: Path
+    """script to tune"""
+    trials: int | None = None
+    """trials of the study, over all starts of this command (30; --grid and --ablate have as many as they need)"""
+    space: tuple[str, ...] = ()
+    """what is searched, as above (default: default; with --grid and --ablate nothing)"""
+    grid: bool = False
+    """run every combination of the values listed in --space"""
+    ablate: bool = False
+    """run the first values of --space, and every change of one of them"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of every trial"""
+    markets: tuple[str, ...] = ()
+    """markets of every trial, what the script's --market takes (default: the script's own)"""
+    metric: str = "script"
+    """score of a run, on the bars of its validation split, per year: script (what scripts validate by: net log growth on
+    LeadLag-v0, else the utility at their risk aversion), growth, sharpe, or utility:<risk aversion>"""
+    aggregate: Literal["median", "iqm", "mean"] = "median"
+    """value of a trial, of its runs' scores as they are"""
+    sampler: Literal["tpe", "gp", "cmaes", "random", "cem"] = "tpe"
+    """what suggests parameters; cem is the cross-entropy method"""
+    pruner: Literal["median", "hyperband", "none"] | None = None
+    """what ends hopeless trials early, by the scripts' validation backtests, the n-th compared with the n-th; only with
+    --metric script (default there: median)"""
+    seed: int = 0
+    """seed of the sampler"""
+    study: str | None = None
+    """name of the study (default: search, grid or ablation)"""
+    storage: str | None = None
+    """any SQLAlchemy URL, such as postgresql+psycopg://user@host/name, or journal:FILE on a shared disk
+    (default: SQLite, study.db in --out)"""
+    out: Path | None = None
+    """folder of runs and results (default: tuning/<script>-<study>)"""
+    workers: int = 1
+    """trials at once; they share the CPU cores"""
+    ray: bool = False
+    """run the workers as tasks of a Ray cluster whose machines share --out and --storage"""
+    timeout: float = 7200.0
+    """seconds after which a run counts as failed"""
+    heartbeat: int = 20
+    """seconds between two signs of life of a worker; after three without one its trial is run again by another"""
+    as_worker: Annotated[bool, tyro.conf.Suppress] = False
+    """take trials of a study that is set up, and end"""
+
+    def __post_init__(self):
+        """Fill in what depends on other arguments. Exits with one line that names the flag and what was expected."""
+        if not (self.script.is_file() or (ROOT / self.script).is_file()):
+            sys.exit(f"--script {self.script}: no such file; expected a script such as algos/ppo_leadlag.py")
+        self.script = (self.script if self.script.is_file() else ROOT / self.script).resolve()
+        if self.grid and self.ablate:
+            sys.exit("--ablate: expected without --grid")
+        if self.designed and self.trials is not None:
+            sys.exit(f"--trials {self.trials}: expected without --grid and --ablate, which have as many as they need")
+        self.trials = 30 if self.trials is None else self.trials
+        for flag in ("trials", "workers", "heartbeat"):
+            if getattr(self, flag) < 1:
+                sys.exit(f"--{flag} {getattr(self, flag)}: expected at least 1")
+        if not 0.0 < self.timeout < float("inf"):
+            sys.exit(f"--timeout {self.timeout:g}: expected a number of seconds above 0")
+        if self.seed < 0:
+            sys.exit(f"--seed {self.seed}: expected 0 or more")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            sys.exit(f"--seeds {' '.join(map(str, self.seeds))}: expected one or more, each once, 0 or above")
+        if len(set(self.markets)) < len(self.markets):
+            sys.exit(f"--markets {' '.join(self.markets)}: expected each once")
+        if not re.fullmatch(r"script|growth|sharpe|utility:\d+(\.\d+)?", self.metric):
+            sys.exit(f"--metric {self.metric}: expected script, growth, sharpe or utility:<risk aversion>, such as utility:40")
+        if self.pruner not in (None, "none") and (self.metric != "script" or self.designed):
+            sys.exit(f"--pruner {self.pruner}: expected none with --grid, --ablate, or a --metric other than script")
+        self.pruner = self.pruner or ("median" if self.metric == "script" and not self.designed else "none")
+        self.study = self.study or ("grid" if self.grid else "ablation" if self.ablate else "search")
+        self.out = (self.out or Path("tuning") / f"{self.script.stem}-{self.study}").resolve()
+        self.storage = self.storage or f"sqlite:///{self.out / 'study.db'}"
+
+    @property
+    def designed(self) -> bool:
+        return self.grid or self.ablate
+
+
+class Journal(JournalStorage, BaseHeartbeat):
+    """Optuna's journal file, with the heartbeat that it lacks: a file beside it for each trial, touched by its worker."""
+
+    def __init__(self, path: Path, interval: int, retry: RetryHeartbeatStaleTrialCallback):
+        self.alive = path.with_name(f"{path.name}.alive")
+        self.alive.mkdir(parents=True, exist_ok=True)
+        self.interval, self.retry = interval, retry
+        super().__init__(JournalFileBackend(str(path)))
+
+    def record_heartbeat(self, trial_id: int):
+        (self.alive / str(trial_id)).touch()
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        clock = self.alive / "clock"  # the disk's: those of machines may differ
+        clock.touch()
+        now = clock.stat().st_mtime
+        running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+        ids = [self.get_trial_id_from_study_id_trial_number(study_id, trial.number) for trial in running]
+        return [trial_id for trial_id in ids if now - (self.alive / str(trial_id)).stat().st_mtime > 3 * self.interval]
+
+    def get_heartbeat_interval(self) -> int:
+        return self.interval
+
+    def get_heartbeat_stale_trial_callback(self) -> RetryHeartbeatStaleTrialCallback:
+        return self.retry
+
+
+def open_storage(args: Args) -> RDBStorage | Journal:
+    """Exits with one line where it cannot be opened."""
+    retry = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
+    try:
+        if args.storage.startswith("journal:"):
+            return Journal(Path(args.storage.removeprefix("journal:")), args.heartbeat, retry)
+        patience = {"connect_args": {"timeout": 60}} if args.storage.startswith("sqlite") else {}
+        return RDBStorage(
+            args.storage, patience, heartbeat_interval=args.heartbeat, grace_period=3 * args.heartbeat,
+            heartbeat_stale_trial_callback=retry,
+        )  # fmt: skip
+    except Exception as error:  # of any database driver
+        shown = re.sub(r":[^:@/]*@", ":***@", args.storage)
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        sys.exit(f"--storage {shown}: {told}; expected a URL that SQLAlchemy can open, or journal:FILE")
+
+
+def make_pruner(args: Args) -> optuna.pruners.BasePruner:
+    return {
+        "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
+        "hyperband": optuna.pruners.HyperbandPruner,
+        "none": optuna.pruners.NopPruner,
+    }[args.pruner]()
+
+
+# Setting up
+
+
+def prepare(args: Args, arguments: list[str]) -> dict:
+    """What all trials share, and what the same study may not be resumed with another of.
+
+    Raises ValueError in one line that names the flag and what was expected.
+    """
+    flags = [
+        flags_of(args.script, [*arguments, *(("--market", market) if market else ())]) for market in args.markets or (None,)
+    ]
+    for part in arguments:
+        name = part.partition("=")[0].removeprefix("--").replace("_", "-")
+        if part.startswith("--") and name.removeprefix("no-") not in flags[0] and name not in flags[0]:
+            raise ValueError(f"{part}: {args.script.name} has no such flag; expected, after --, flags of the script")
+    entries = args.space or (() if args.designed else (DEFAULT,))
+    space, start = read_space(entries, arguments, flags, args.designed)
+    taken = (*OURS, *(("market",) if args.markets else ()))
+    if twice := [name for name in taken if name in space or value_in(arguments, name) is not None]:
+        raise ValueError(f"--{twice[0]}: is set for each run here; expected neither in --space nor after --")
+    if args.markets and "market" not in flags[0]:
+        raise ValueError(f"--markets {' '.join(args.markets)}: {args.script.name} has no --market; expected none")
+    varied = [name for name, values in space.items() if not values.single()]
+    if not varied and not args.designed:
+        raise ValueError("--space: nothing varies; expected entries such as learning-rate=log:1e-4:1e-2")
+    if args.sampler == "cmaes" and not args.designed and len(varied) < 2:
+        raise ValueError("--sampler cmaes: expected at least two parameters in --space")
+    if args.metric == "script" and (judges := [name for name in varied if name in CHOOSING]):
+        raise ValueError(
+            f"--metric script: --space {judges[0]} changes what the script chooses by, and so what trials are compared by; "
+            "expected growth, sharpe or utility:<risk aversion>"
+        )
+    return {
+        "script": str(args.script),
+        "script_sha256": hashlib.sha256(args.script.read_bytes()).hexdigest(),
+        "arguments": arguments,
+        "threads": "num-threads" in flags[0] and value_in(arguments, "num-threads") is None,
+        "space": {name: distribution_to_json(values) for name, values in space.items()},
+        "start": start,
+        "design": "grid" if args.grid else "ablation" if args.ablate else "search",
+        "seeds": list(args.seeds),
+        "markets": list(args.markets),
+        "metric": args.metric,
+        "aggregate": args.aggregate,
+    }
+
+
+def planned(setup: dict, trials: int) -> list[dict[str, Value] | None]:
+    """Parameters of every slot of a study; None: the sampler suggests them. A slot is a trial and what replaces it if lost."""
+    if setup["design"] == "search":
+        return [setup["start"], *([None] * (trials - 1))]
+    levels = {name: list(json_to_distribution(text).choices) for name, text in setup["space"].items()}
+    if setup["design"] == "grid":
+        return [dict(zip(levels, values)) for values in itertools.product(*levels.values())]
+    first = {name: values[0] for name, values in levels.items()}
+    return [first, *({**first, name: value} for name, values in levels.items() for value in values[1:])]
+
+
+def set_up(study: optuna.Study, setup: dict, trials: int):
+    """Queue the trials that the study lacks. Of those that failed, only parameters that were asked for are tried again.
+
+    Raises ValueError that names the first field that the study was begun with another of.
+    """
+    begun = study.user_attrs.get("setup")
+    if begun is None:
+        study.set_user_attr("setup", setup)
+    elif different := [key for key in setup if begun.get(key) != setup[key]]:
+        key = different[0]
+        raise ValueError(
+            f"--study {study.study_name}: was begun with {key} {begun.get(key)}, not {setup[key]}; expected another name"
+        )
+    plan, held = planned(setup, trials), set()
+    for trial in study.get_trials(deepcopy=False):
+        slot = trial.user_attrs["slot"]
+        if trial.state != TrialState.FAIL or ("failure" in trial.user_attrs and slot < len(plan) and plan[slot] is None):
+            held.add(slot)
+    for slot, params in enumerate(plan):
+        if slot not in held:
+            study.enqueue_trial(params or {}, user_attrs={"slot": slot})
+
+
+# Running trials
+
+
+def claim(study: optuna.Study, storage: RDBStorage | Journal, slots: int) -> optuna.Trial | None:
+    """A queued trial that is now this worker's; None if there is none. No other worker gets the same.
+
+    Two commands that set the same study up at once may have queued a slot twice: its first trial counts.
+    """
+    study_id = storage.get_study_id_from_name(study.study_name)
+    taken = set()
+    for trial in study.get_trials(deepcopy=False):
+        slot = trial.user_attrs["slot"]
+        if trial.state == TrialState.WAITING and slot < slots and slot not in taken:
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+            storage.record_heartbeat(trial_id)  # before it runs: a running trial without a sign of life is never missed
+            with contextlib.suppress(UpdateFinishedTrialError):
+                if storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+                    return optuna.Trial(study, trial_id)
+        if trial.state != TrialState.FAIL:
+            taken.add(slot)
+    return None
+
+
+def work(args: Args, study: optuna.Study, storage: RDBStorage | Journal):
+    """Run trials until none is left, those of workers that vanish included. Exits with one line if the first ones all fail."""
+    setup, started = study.user_attrs["setup"], datetime.now()
+    slots = len(planned(setup, args.trials))
+    study_id = storage.get_study_id_from_name(study.study_name)
+    while True:
+        with (args.out / "claim.lock").open("a") as lock:  # SQLite does not keep two workers from the same trial by itself
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            optuna.storages.fail_stale_trials(study)
+            trial = claim(study, storage, slots)
+        if trial is None:
+            if not study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                return
+            time.sleep(POLL)  # another worker's trial may yet come back
+            continue
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+        try:
+            outcome = run_trial(args, setup, study, trial, partial(storage.record_heartbeat, trial_id))
+        except UpdateFinishedTrialError:
+            outcome = "held to be lost, for this worker was silent too long; another runs it again"
+        except BaseException:  # a request to end, or an error of this program: the trial is not at fault, and queued again
+            with contextlib.suppress(UpdateFinishedTrialError):
+                storage.set_trial_state_values(trial_id, TrialState.FAIL)
+                RetryHeartbeatStaleTrialCallback()(study, study.get_trials(deepcopy=False)[trial.number])
+            raise
+        ended = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+        fine = [t for t in ended if t.state != TrialState.FAIL]
+        print(f"trial {trial.number} ({len({t.user_attrs['slot'] for t in ended})} of {slots} ended): {outcome}", flush=True)
+        failed = [t for t in ended if "failure" in t.user_attrs and t.datetime_complete >= started]
+        if not fine and len(failed) >= HOPELESS:
+            sys.exit(f"the first {len(failed)} trials failed, the last: {failed[-1].user_attrs['failure']}")
+
+
+def run_trial(args: Args, setup: dict, study: optuna.Study, trial: optuna.Trial, beat: Callable[[], None]) -> str:
+    """Run the script for every seed and market, and tell the study; what came of it, in words.
+
+    Raises UpdateFinishedTrialError if the study has given the trial up in the meantime.
+    """
+    beat()
+    params = {name: suggest(trial, name, json_to_distribution(text)) for name, text in setup["space"].items()}
+    folder = args.out / "trials" / str(trial.number)
+    shutil.rmtree(folder, ignore_errors=True)
+    told = " ".join(as_arguments(params))
+    places = [(seed, market) for seed in setup["seeds"] for market in setup["markets"] or [None]]
+    runs: list[dict] = []
+    step = 0
+    try:
+        for seed, market in places:
+            run = folder / "-".join(filter(None, (market and re.sub(r"\W+", "-", market), f"seed-{seed}")))
+            last = len(runs) + 1 == len(places)
+            values: list[float] = []
+
+            def look(ended: bool, run=run, last=last, values=values):
+                """Report new validation backtests; raises TrialPruned where the trial is hopeless."""
+                nonlocal step
+                beat()
+                for value in validations(run)[len(values) :]:
+                    values.append(value)
+                    step += 1
+                    if finite := [value for value in values if np.isfinite(value)]:  # scripts keep the best model
+                        trial.report(aggregate(setup["aggregate"], [*(r["score"] for r in runs), max(finite)]), step)
+                if not (ended and last) and trial.should_prune():
+                    raise optuna.TrialPruned
+
+            chosen = [*setup["arguments"], *as_arguments(params), *(("--market", market) if market else ())]
+            chosen += ["--seed", str(seed), *(("--num-threads", str(threads(args))) if setup["threads"] else ())]
+            run_process([sys.executable, setup["script"], *chosen, "--runs-dir", str(run)], run, args.timeout, look)
+            found = run_dir(run)
+            check_arrived(found, params | {"seed": seed} | ({"market": market} if market else {}))
+            score = score_of(found, setup["metric"], "val")
+            if not np.isfinite(score):
+                raise Failure(f"its validation score is {score}")
+            runs.append({"seed": seed, "market": market, "score": score, "run_dir": str(found), "args": chosen})
+            trial.set_user_attr("runs", runs)
+        value = aggregate(setup["aggregate"], [r["score"] for r in runs])
+        study.tell(trial, value)
+        return f"{value:.6g} {told}"
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+        return f"pruned at validation {step} {told}"
+    except Failure as failure:
+        trial.set_user_attr("failure", f"{failure}; log {run / 'log.txt'}")
+        trial.set_user_attr("log", last_lines(run / "log.txt"))
+        study.tell(trial, state=TrialState.FAIL)
+        log = last_lines(run / "log.txt").replace("\n", "\n    ")
+        return f"failed: {failure}; log {run / 'log.txt'}\n    {log}"
+
+
+def suggest(trial: optuna.Trial, name: str, space: optuna.distributions.BaseDistribution) -> Value:
+    if isinstance(space, optuna.distributions.CategoricalDistribution):
+        return trial.suggest_categorical(name, space.choices)
+    ask = trial.suggest_int if isinstance(space, optuna.distributions.IntDistribution) else trial.suggest_float
+    return ask(name, space.low, space.high, log=space.log)
+
+
+def threads(args: Args) -> int:
+    """CPU threads of a run: the workers of this machine share its cores."""
+    return max(1, len(os.sched_getaffinity(0)) // args.workers)
+
+
+def run_process(command: list[str], folder: Path, timeout: float, look: Callable[[bool], None]):
+    """Run it to its end, its output into log.txt of `folder`; look(whether it has ended) now and then, and once at the end.
+
+    Whatever ends this call, also what look() raises, ends the process and its children. Raises Failure.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    with log.open("w") as out:
+        out.write(f"$ {shlex.join(command)}\n")
+        out.flush()
+        process = subprocess.Popen(
+            command, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGKILL),
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + timeout
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                raise Failure(f"not finished after {timeout:g} seconds")
+            look(False)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(POLL, max(0.0, deadline - time.monotonic())))
+        if process.returncode == 0:
+            look(True)
+    finally:
+        end_group(process)
+    if process.returncode:
+        raise Failure(f"exit code {process.returncode}: {last_lines(log, 1)}")
+
+
+def end_with_parent(number: int):
+    """For a new process: have the system send it a signal when its parent is gone, however that ended. Linux only."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
+def end_group(process: subprocess.Popen):
+    """End a process and its children: by request, and after PATIENCE seconds by force."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_lines(log: Path, lines: int = 15) -> str:
+    text = log.read_text(errors="replace").replace("\r", "\n")
+    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+
+# Reading run directories while a study runs
+
+
+def run_dir(folder: Path) -> Path:
+    """The run directory of a run that has ended well. Raises Failure."""
+    found = [path for path in folder.glob("*/") if (path / "run.json").is_file()]
+    if len(found) != 1:
+        raise Failure(f"left {len(found)} run directories; expected one")
+    content = json.loads((found[0] / "run.json").read_text())
+    if content.get("status") != "finished":
+        raise Failure(str(content.get("failure") or f"run.json says status {content.get('status')!r}"))
+    if not (found[0] / "ledger.parquet").is_file():
+        raise Failure("left no ledger.parquet; expected a run on a market")
+    return found[0]
+
+
+def check_arrived(run: Path, params: dict[str, Value]):
+    """Raises Failure unless run.json says that the script ran with all of these."""
+    given = flat(json.loads((run / "run.json").read_text())["args"])
+    for name, value in params.items():
+        if given.get(name.replace("-", "_")) != value:
+            raise Failure(f"--{name} {value} did not arrive: run.json says {given.get(name.replace('-', '_'))}")
+
+
+def flat(tree: dict) -> dict:
+    """The leaves of nested dicts: the fields of a script's groups of arguments are flags like any other."""
+    return {k: v for key, value in tree.items() for k, v in (flat(value) if isinstance(value, dict) else {key: value}).items()}
+
+
+def validations(folder: Path) -> list[float]:
+    """Validation scores that the run in `folder` has logged so far; any script logs one kind, eval/val_<what>."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
+
+    found = []
+    for events in sorted(folder.glob("*/events.out.tfevents.*")):
+        accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
+        accumulator.Reload()
+        for tag in accumulator.Tags()["scalars"]:
+            if tag.startswith("eval/val_"):
+                found += [event.value for event in accumulator.Scalars(tag)]
+    return found
+
+
+# The command
+
+
+@contextlib.contextmanager
+def worker_process(arguments: list[str]) -> Iterator[subprocess.Popen]:
+    """A worker of this command, which is asked to end when the block is left."""
+    call = [sys.executable, str(Path(__file__).resolve()), "--as-worker", *arguments]
+    process = subprocess.Popen(
+        call, env=environment(), start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM)
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def run_worker(arguments: list[str]) -> int:
+    """Exit code of a worker; as a task of Ray."""
+    with worker_process(arguments) as process:
+        return process.wait()
+
+
+def run_on_ray(args: Args, own: list[str]) -> list[int]:
+    """Exit codes of the workers, each a task of a Ray cluster."""
+    try:
+        import ray  # a cluster is optional
+    except ImportError:
+        sys.exit("--ray: Ray is not installed; expected pip install ray, or no --ray")
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": environment()["PYTHONPATH"]}}, log_to_driver=True)
+    end_on_signals()  # Ray has set handlers of its own
+    task = ray.remote(num_cpus=threads(args), max_retries=0)(run_worker)
+    tasks = [task.remote(own) for _ in range(args.workers)]
+    try:
+        return ray.get(tasks)
+    finally:
+        for running in tasks:
+            ray.cancel(running)  # raises KeyboardInterrupt in run_worker
+        ray.wait(tasks, num_returns=len(tasks), timeout=2 * PATIENCE)
+        ray.shutdown()
+
+
+def end_on_signals():
+    """Let a request to end raise KeyboardInterrupt, as Ctrl-C does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+
+
+def main(args: Args, own: list[str], arguments: list[str]) -> int:
+    """own: the command's arguments; arguments: the script's, after the --."""
+    warnings.simplefilter("ignore", ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    make = {"sampler": make_sampler(args.sampler, args.seed), "pruner": make_pruner(args), "study_name": args.study}
+    if args.as_worker:
+        storage = open_storage(args)
+        work(args, optuna.load_study(storage=storage, **make), storage)
+        return 0
+    try:
+        setup = prepare(args, arguments)
+        args.out.mkdir(parents=True, exist_ok=True)
+        storage = open_storage(args)
+        study = optuna.create_study(storage=storage, direction="maximize", load_if_exists=True, **make)
+        set_up(study, setup, args.trials)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    slots = len(planned(setup, args.trials))
+    print(f"{slots} trials of {len(setup['seeds']) * max(1, len(setup['markets']))} runs each in {args.out}", flush=True)
+    for name, text in setup["space"].items():
+        print(f"    {name}: {text_of(json_to_distribution(text))}, first {setup['start'][name]}", flush=True)
+    codes = [0]
+    if args.ray:
+        codes = run_on_ray(args, [*own, "--", *arguments])
+    elif args.workers == 1:
+        work(args, study, storage)
+    else:
+        with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(worker_process([*own, "--", *arguments])) for _ in range(args.workers)]
+            codes = [worker.wait() for worker in workers]
+    ended = {t.user_attrs["slot"] for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
+    if left := len(set(range(slots)) - ended):
+        sys.exit(f"{left} of {slots} trials are left, the workers ended with {codes}; the same command goes on from here")
+    print(write_results(study, args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    end_on_signals()
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    own, others = sys.argv[1:split], sys.argv[split + 1 :]
+    try:
+        sys.exit(main(tyro.cli(Args, description=__doc__, args=own), own, others))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
