@@ -7,8 +7,9 @@
     learning-rate=log:1e-4:1e-2   a number, on a logarithmic scale      update-epochs=int:1:8        a whole number
     ent-coef=0:0.05               a number                              num-steps=logint:16:256      the same, logarithmic
     norm-adv=true|false           one of these                          ent-coef==0.01               always this
-and two words stand for several, listed in benchmark/space.py: `default`, which is also what is searched without --space, for the
-flags that the script has, and `reward-weights` for the penalties of ppo_portfolio. A later entry replaces an earlier one.
+and two words stand for several, listed in benchmark/tuning/space.py: `default`, which is also what is searched without
+--space, for the flags that the script has, and `reward-weights` for the penalties of ppo_portfolio. A later entry replaces an
+earlier one.
 
 Trial 0 is the script's defaults, so a range has to hold the default; another start can be given after `--`. A trial is a run
 for every seed and market, one process after the other; its value is the median of their scores. The test split is read once,
@@ -22,21 +23,17 @@ Results are in --out: best.json, trials.json, report.html, report.md, the best r
 """
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import itertools
-import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -53,18 +50,16 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from benchmark.samplers import make_sampler
-from benchmark.space import DEFAULT, Value, as_arguments, environment, flags_of, read_space, text_of, value_in
-from benchmark.sweep import Failure, aggregate, score_of, write_results
+from benchmark.tuning.results import write_results
+from benchmark.tuning.samplers import make_sampler
+from benchmark.tuning.space import DEFAULT, Value, environment, flags_of, read_space, text_of, value_in
+from benchmark.tuning.trial import PATIENCE, POLL, Terms, end_with_parent, run_trial
 
 ROOT = Path(__file__).resolve().parent
 CHOOSING = ("penalty-variance", "risk-aversion", "utility")  # flags that change what a script chooses its model by
 OURS = ("seed", "runs-dir", "resume")  # flags that are set here
 RETRIES = 3  # of a trial whose worker vanished: the fourth time it is held to be the trial's fault
 HOPELESS = 3  # failures before anything succeeds
-POLL = 1.0  # seconds between two looks at a running process
-PATIENCE = 5.0  # seconds that a process has to end by itself
-LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of prctl, <linux/prctl.h>
 
 
 @dataclass
@@ -175,6 +170,19 @@ class Journal(JournalStorage, BaseHeartbeat):
         return self.retry
 
 
+class Heart:
+    """Tells the storage that a trial's worker is alive, every `interval` seconds at most."""
+
+    def __init__(self, storage: RDBStorage | Journal, trial_id: int, interval: int):
+        self.storage, self.trial_id, self.interval = storage, trial_id, interval
+        self.last = -np.inf
+
+    def beat(self):
+        if time.monotonic() - self.last >= self.interval:
+            self.storage.record_heartbeat(self.trial_id)
+            self.last = time.monotonic()
+
+
 def open_storage(args: Args) -> RDBStorage | Journal:
     """Exits with one line where it cannot be opened."""
     retry = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
@@ -258,20 +266,24 @@ def planned(setup: dict, trials: int) -> list[dict[str, Value] | None]:
     return [first, *({**first, name: value} for name, values in levels.items() for value in values[1:])]
 
 
-def set_up(study: optuna.Study, setup: dict, trials: int):
+def set_up(study: optuna.Study, setup: dict, args: Args):
     """Queue the trials that the study lacks. Of those that failed, only parameters that were asked for are tried again.
 
-    Raises ValueError that names the first field that the study was begun with another of.
+    Raises ValueError that names the first field that the study was begun with another of, or the folder of another study.
     """
     begun = study.user_attrs.get("setup")
     if begun is None:
+        if any((args.out / "trials").glob("*")):
+            raise ValueError(
+                f"--out {args.out}: holds trials of another study; expected another folder, or its --study and --storage"
+            )
         study.set_user_attr("setup", setup)
     elif different := [key for key in setup if begun.get(key) != setup[key]]:
         key = different[0]
         raise ValueError(
             f"--study {study.study_name}: was begun with {key} {begun.get(key)}, not {setup[key]}; expected another name"
         )
-    plan, held = planned(setup, trials), set()
+    plan, held = planned(setup, args.trials), set()
     for trial in study.get_trials(deepcopy=False):
         slot = trial.user_attrs["slot"]
         if trial.state != TrialState.FAIL or ("failure" in trial.user_attrs and slot < len(plan) and plan[slot] is None):
@@ -307,7 +319,7 @@ def claim(study: optuna.Study, storage: RDBStorage | Journal, slots: int) -> opt
 def work(args: Args, study: optuna.Study, storage: RDBStorage | Journal):
     """Run trials until none is left, those of workers that vanish included. Exits with one line if the first ones all fail."""
     setup, started = study.user_attrs["setup"], datetime.now()
-    slots = len(planned(setup, args.trials))
+    slots, terms = len(planned(setup, args.trials)), Terms(args.out / "trials", args.timeout, threads(args))
     study_id = storage.get_study_id_from_name(study.study_name)
     while True:
         with (args.out / "claim.lock").open("a") as lock:  # SQLite does not keep two workers from the same trial by itself
@@ -321,7 +333,7 @@ def work(args: Args, study: optuna.Study, storage: RDBStorage | Journal):
             continue
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
         try:
-            outcome = run_trial(args, setup, study, trial, partial(storage.record_heartbeat, trial_id))
+            outcome = run_trial(study, trial, setup, terms, Heart(storage, trial_id, args.heartbeat).beat)
         except UpdateFinishedTrialError:
             outcome = "held to be lost, for this worker was silent too long; another runs it again"
         except BaseException:  # a request to end, or an error of this program: the trial is not at fault, and queued again
@@ -337,165 +349,9 @@ def work(args: Args, study: optuna.Study, storage: RDBStorage | Journal):
             sys.exit(f"the first {len(failed)} trials failed, the last: {failed[-1].user_attrs['failure']}")
 
 
-def run_trial(args: Args, setup: dict, study: optuna.Study, trial: optuna.Trial, beat: Callable[[], None]) -> str:
-    """Run the script for every seed and market, and tell the study; what came of it, in words.
-
-    Raises UpdateFinishedTrialError if the study has given the trial up in the meantime.
-    """
-    beat()
-    params = {name: suggest(trial, name, json_to_distribution(text)) for name, text in setup["space"].items()}
-    folder = args.out / "trials" / str(trial.number)
-    shutil.rmtree(folder, ignore_errors=True)
-    told = " ".join(as_arguments(params))
-    places = [(seed, market) for seed in setup["seeds"] for market in setup["markets"] or [None]]
-    runs: list[dict] = []
-    step = 0
-    try:
-        for seed, market in places:
-            run = folder / "-".join(filter(None, (market and re.sub(r"\W+", "-", market), f"seed-{seed}")))
-            last = len(runs) + 1 == len(places)
-            values: list[float] = []
-
-            def look(ended: bool, run=run, last=last, values=values):
-                """Report new validation backtests; raises TrialPruned where the trial is hopeless."""
-                nonlocal step
-                beat()
-                for value in validations(run)[len(values) :]:
-                    values.append(value)
-                    step += 1
-                    if finite := [value for value in values if np.isfinite(value)]:  # scripts keep the best model
-                        trial.report(aggregate(setup["aggregate"], [*(r["score"] for r in runs), max(finite)]), step)
-                if not (ended and last) and trial.should_prune():
-                    raise optuna.TrialPruned
-
-            chosen = [*setup["arguments"], *as_arguments(params), *(("--market", market) if market else ())]
-            chosen += ["--seed", str(seed), *(("--num-threads", str(threads(args))) if setup["threads"] else ())]
-            run_process([sys.executable, setup["script"], *chosen, "--runs-dir", str(run)], run, args.timeout, look)
-            found = run_dir(run)
-            check_arrived(found, params | {"seed": seed} | ({"market": market} if market else {}))
-            score = score_of(found, setup["metric"], "val")
-            if not np.isfinite(score):
-                raise Failure(f"its validation score is {score}")
-            runs.append({"seed": seed, "market": market, "score": score, "run_dir": str(found), "args": chosen})
-            trial.set_user_attr("runs", runs)
-        value = aggregate(setup["aggregate"], [r["score"] for r in runs])
-        study.tell(trial, value)
-        return f"{value:.6g} {told}"
-    except optuna.TrialPruned:
-        study.tell(trial, state=TrialState.PRUNED)
-        return f"pruned at validation {step} {told}"
-    except Failure as failure:
-        trial.set_user_attr("failure", f"{failure}; log {run / 'log.txt'}")
-        trial.set_user_attr("log", last_lines(run / "log.txt"))
-        study.tell(trial, state=TrialState.FAIL)
-        log = last_lines(run / "log.txt").replace("\n", "\n    ")
-        return f"failed: {failure}; log {run / 'log.txt'}\n    {log}"
-
-
-def suggest(trial: optuna.Trial, name: str, space: optuna.distributions.BaseDistribution) -> Value:
-    if isinstance(space, optuna.distributions.CategoricalDistribution):
-        return trial.suggest_categorical(name, space.choices)
-    ask = trial.suggest_int if isinstance(space, optuna.distributions.IntDistribution) else trial.suggest_float
-    return ask(name, space.low, space.high, log=space.log)
-
-
 def threads(args: Args) -> int:
     """CPU threads of a run: the workers of this machine share its cores."""
     return max(1, len(os.sched_getaffinity(0)) // args.workers)
-
-
-def run_process(command: list[str], folder: Path, timeout: float, look: Callable[[bool], None]):
-    """Run it to its end, its output into log.txt of `folder`; look(whether it has ended) now and then, and once at the end.
-
-    Whatever ends this call, also what look() raises, ends the process and its children. Raises Failure.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
-    with log.open("w") as out:
-        out.write(f"$ {shlex.join(command)}\n")
-        out.flush()
-        process = subprocess.Popen(
-            command, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGKILL),
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + timeout
-        while process.poll() is None:
-            if time.monotonic() > deadline:
-                raise Failure(f"not finished after {timeout:g} seconds")
-            look(False)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(POLL, max(0.0, deadline - time.monotonic())))
-        if process.returncode == 0:
-            look(True)
-    finally:
-        end_group(process)
-    if process.returncode:
-        raise Failure(f"exit code {process.returncode}: {last_lines(log, 1)}")
-
-
-def end_with_parent(number: int):
-    """For a new process: have the system send it a signal when its parent is gone, however that ended. Linux only."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, number)
-
-
-def end_group(process: subprocess.Popen):
-    """End a process and its children: by request, and after PATIENCE seconds by force."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def last_lines(log: Path, lines: int = 15) -> str:
-    text = log.read_text(errors="replace").replace("\r", "\n")
-    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
-
-
-# Reading run directories while a study runs
-
-
-def run_dir(folder: Path) -> Path:
-    """The run directory of a run that has ended well. Raises Failure."""
-    found = [path for path in folder.glob("*/") if (path / "run.json").is_file()]
-    if len(found) != 1:
-        raise Failure(f"left {len(found)} run directories; expected one")
-    content = json.loads((found[0] / "run.json").read_text())
-    if content.get("status") != "finished":
-        raise Failure(str(content.get("failure") or f"run.json says status {content.get('status')!r}"))
-    if not (found[0] / "ledger.parquet").is_file():
-        raise Failure("left no ledger.parquet; expected a run on a market")
-    return found[0]
-
-
-def check_arrived(run: Path, params: dict[str, Value]):
-    """Raises Failure unless run.json says that the script ran with all of these."""
-    given = flat(json.loads((run / "run.json").read_text())["args"])
-    for name, value in params.items():
-        if given.get(name.replace("-", "_")) != value:
-            raise Failure(f"--{name} {value} did not arrive: run.json says {given.get(name.replace('-', '_'))}")
-
-
-def flat(tree: dict) -> dict:
-    """The leaves of nested dicts: the fields of a script's groups of arguments are flags like any other."""
-    return {k: v for key, value in tree.items() for k, v in (flat(value) if isinstance(value, dict) else {key: value}).items()}
-
-
-def validations(folder: Path) -> list[float]:
-    """Validation scores that the run in `folder` has logged so far; any script logs one kind, eval/val_<what>."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow to import
-
-    found = []
-    for events in sorted(folder.glob("*/events.out.tfevents.*")):
-        accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0})
-        accumulator.Reload()
-        for tag in accumulator.Tags()["scalars"]:
-            if tag.startswith("eval/val_"):
-                found += [event.value for event in accumulator.Scalars(tag)]
-    return found
 
 
 # The command
@@ -560,7 +416,7 @@ def main(args: Args, own: list[str], arguments: list[str]) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         storage = open_storage(args)
         study = optuna.create_study(storage=storage, direction="maximize", load_if_exists=True, **make)
-        set_up(study, setup, args.trials)
+        set_up(study, setup, args)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     slots = len(planned(setup, args.trials))

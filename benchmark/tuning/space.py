@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULT, REWARD_WEIGHTS = "default", "reward-weights"
 PRESETS = {
     # of any script: the flags that it has, where its own default is within these bounds
@@ -212,3 +212,8 @@ def text_of(space: BaseDistribution) -> str:
     if isinstance(space, CategoricalDistribution):
         return " | ".join(map(str, space.choices))
     return f"{space.low:g} to {space.high:g}{', logarithmic' if space.log else ''}"
+
+
+def brief(params: dict[str, Value]) -> str:
+    """For people: four digits."""
+    return " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items())

@@ -9,57 +9,20 @@ import json
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import optuna
-import pandas as pd
 import plotly.io
 from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import bootstrap, trim_mean
+from scipy.stats import bootstrap
 
-from benchmark.space import ROOT, as_arguments, environment
+from benchmark.tuning.space import ROOT, as_arguments, brief, environment
+from benchmark.tuning.trial import IQM, score_of
 from envs import ledger
-from envs.portfolio_references import utility
 
 RESAMPLES = 10_000
-IQM = partial(trim_mean, proportiontocut=0.25)
-
-
-class Failure(Exception):
-    """Why a run counts as failed, in one line."""
-
-
-def aggregate(how: str, scores: list[float]) -> float:
-    """median, mean or iqm, the interquartile mean, of scores."""
-    reduce = {"median": np.median, "mean": np.mean, "iqm": IQM}[how]
-    return float(reduce(scores))
-
-
-def score_of(run: Path, metric: str, split: str) -> float:
-    """Score of a run, per year, on one split of its ledger, whose other rows are not read. Raises Failure if it has no bars."""
-    frame = pd.read_parquet(run / "ledger.parquet", columns=["net_return"], filters=[("split", "==", split)])
-    content = json.loads((run / "run.json").read_text())
-    if frame.empty:
-        raise Failure(f"its ledger holds no bar of the {split} split")
-    bars_per_year = float(content["panel"]["bars_per_year"])
-    if metric == "sharpe":
-        return ledger.sharpe(frame["net_return"].to_numpy(), bars_per_year)
-    if metric == "growth" or (metric == "script" and content["env_id"] == "LeadLag-v0"):
-        return float(ledger.growth(frame).mean() * bars_per_year)
-    return utility(frame, float(metric.partition(":")[2] or risk_aversion(content)), bars_per_year)
-
-
-def risk_aversion(content: dict) -> float:
-    """At which a script chooses its model on Portfolio-v0, from its run.json."""
-    args = content["args"]
-    if content.get("risk_aversion") is not None:
-        return content["risk_aversion"]
-    if "penalty_variance" in args:
-        return 1.0 + 2.0 * args["penalty_variance"]
-    return args["risk_aversion"] if args.get("utility") == "mean_variance" else 1.0
 
 
 def interval(scores: np.ndarray, statistic=np.mean) -> tuple[float, float]:
@@ -132,7 +95,7 @@ def keep(trial: FrozenTrial, folder: Path, metric: str) -> dict:
 def gain(told: dict[str, dict], setup: dict, out: Path) -> list[str]:
     """The best trial against the start, as Markdown: the study's metric by run, and the scoreboard's comparison."""
     best, start = told["best"], told.get("start")
-    params = " ".join(as_arguments(best["params"])) or "the arguments given"
+    params = brief(best["params"]) or "the arguments given"
     lines = [f"Best: trial {best['trial']}, {setup['aggregate']} of the validation scores {best['value']:.6g}: {params}", ""]
     if start is None:
         return [*lines, "The start failed, so that there is nothing to compare with."]
@@ -153,11 +116,15 @@ def gain(told: dict[str, dict], setup: dict, out: Path) -> list[str]:
         scores = " | ".join(f"{run[key]:.6g}" for key in ("score", "test") for run in (a, b))
         lines.append(f"| {a['seed']} | {a['market'] or 'default'} | {scores} |")
     if start["trial"] != best["trial"]:
-        call = [sys.executable, str(ROOT / "benchmark" / "scoreboard.py"), "--compare", str(out / "best"), str(out / "start")]
-        done = subprocess.run(call, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        lines += ["", "On the test split, histories (or blocks of bars) and seeds redrawn:", "", "```text"]
-        lines += [(done.stdout if done.returncode == 0 else f"no comparison: {done.stderr}").strip(), "```"]
+        lines += ["", "On the test split, histories (or blocks of bars) and seeds redrawn:", "", "```text", compare(out), "```"]
     return lines
+
+
+def compare(out: Path) -> str:
+    """What the scoreboard says of the best runs and those of the start, or why it says nothing."""
+    call = [sys.executable, str(ROOT / "benchmark" / "scoreboard.py"), "--compare", str(out / "best"), str(out / "start")]
+    done = subprocess.run(call, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else f"no comparison: {done.stderr.strip()}"
 
 
 def effects(complete: list[FrozenTrial], setup: dict, out: Path) -> list[str]:
