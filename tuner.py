@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import optuna
@@ -59,6 +59,7 @@ ROOT = Path(__file__).resolve().parent
 CHOOSING = ("penalty-variance", "risk-aversion", "utility")  # flags that change what a script chooses its model by
 OURS = ("seed", "runs-dir", "resume")  # flags that are set here
 RETRIES = 3  # of a trial whose worker vanished: the fourth time it is held to be the trial's fault
+AS_WORKER = "--as-worker"  # first argument of a worker: run trials of a study that is set up, and end
 HOPELESS = 3  # failures before anything succeeds
 
 
@@ -105,8 +106,6 @@ class Args:
     """seconds after which a run counts as failed"""
     heartbeat: int = 20
     """seconds between two signs of life of a worker; after three without one its trial is run again by another"""
-    as_worker: Annotated[bool, tyro.conf.Suppress] = False
-    """take trials of a study that is set up, and end"""
 
     def __post_init__(self):
         """Fill in what depends on other arguments. Exits with one line that names the flag and what was expected."""
@@ -202,7 +201,7 @@ def open_storage(args: Args) -> RDBStorage | Journal:
 
 def make_pruner(args: Args) -> optuna.pruners.BasePruner:
     return {
-        "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
+        "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3),
         "hyperband": optuna.pruners.HyperbandPruner,
         "none": optuna.pruners.NopPruner,
     }[args.pruner]()
@@ -360,7 +359,7 @@ def threads(args: Args) -> int:
 @contextlib.contextmanager
 def worker_process(arguments: list[str]) -> Iterator[subprocess.Popen]:
     """A worker of this command, which is asked to end when the block is left."""
-    call = [sys.executable, str(Path(__file__).resolve()), "--as-worker", *arguments]
+    call = [sys.executable, str(Path(__file__).resolve()), AS_WORKER, *arguments]
     process = subprocess.Popen(
         call, env=environment(), start_new_session=True, preexec_fn=partial(end_with_parent, signal.SIGTERM)
     )
@@ -402,12 +401,12 @@ def end_on_signals():
         signal.signal(number, signal.default_int_handler)
 
 
-def main(args: Args, own: list[str], arguments: list[str]) -> int:
+def main(args: Args, own: list[str], arguments: list[str], as_worker: bool = False) -> int:
     """own: the command's arguments; arguments: the script's, after the --."""
     warnings.simplefilter("ignore", ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     make = {"sampler": make_sampler(args.sampler, args.seed), "pruner": make_pruner(args), "study_name": args.study}
-    if args.as_worker:
+    if as_worker:
         storage = open_storage(args)
         work(args, optuna.load_study(storage=storage, **make), storage)
         return 0
@@ -441,10 +440,12 @@ def main(args: Args, own: list[str], arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     end_on_signals()
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    own, others = sys.argv[1:split], sys.argv[split + 1 :]
+    as_worker = sys.argv[1:2] == [AS_WORKER]
+    given = sys.argv[2 if as_worker else 1 :]
+    split = given.index("--") if "--" in given else len(given)
+    own, arguments = given[:split], given[split + 1 :]
     try:
-        sys.exit(main(tyro.cli(Args, description=__doc__, args=own), own, others))
+        sys.exit(main(tyro.cli(Args, description=__doc__, args=own), own, arguments, as_worker))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""The tuner: what reaches the scripts, what is read of their runs and when, and that kills, crashes and second starts lose nothing.
+"""The tuner: what reaches the scripts, what is read of their runs and when, and that kills, crashes and new starts lose nothing.
 
 Most tests tune a small script that only pretends to learn, in this process; the script is always a process of its own.
 """
@@ -163,12 +163,12 @@ def script(tmp_path, template) -> Path:
 
 
 @functools.cache
-def help_of(_text: str, *arguments: str) -> dict[str, space.Flag]:
+def help_of(text: str) -> dict[str, space.Flag]:
     """The same script says the same: asked once."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fake.py"
-        path.write_text(FAKE)
-        return space.flags_of(path, list(arguments))
+        path.write_text(text)
+        return space.flags_of(path, [])
 
 
 class Tuner:
@@ -178,7 +178,6 @@ class Tuner:
         self.script, self.out = script, out
 
     def command(self, *options: str) -> list[str]:
-        before, _, after = " ".join(options).partition(" -- ")
         own = options[: options.index("--")] if "--" in options else options
         rest = options[len(own) :]
         return ["--script", str(self.script), "--out", str(self.out), *own, *rest]
@@ -213,7 +212,7 @@ class Tuner:
 
 @pytest.fixture
 def tune(script, tmp_path, monkeypatch) -> Tuner:
-    monkeypatch.setattr(tuner, "flags_of", lambda path, arguments: help_of(path.read_text(), *arguments))
+    monkeypatch.setattr(tuner, "flags_of", lambda path, arguments: help_of(path.read_text()))
     monkeypatch.setattr(results, "compare", lambda out: "")
     monkeypatch.setattr(results, "draw", lambda *_: None)
     monkeypatch.setattr(trial, "POLL", 0.1)
@@ -251,11 +250,11 @@ def score(run: dict, split: str) -> float:
 def test_every_parameter_arrives(tune):
     """Of every kind, the first one and those of groups too, in the study as in run.json; seeds and markets as asked for."""
     tune(
-        "--trials", "3", "--seeds", "4", "7", "--markets", "a.csv", "b.csv", "--sampler", "random", "--metric", "growth", "--space",
-        SPACE, "log-std=-3:0.5", "update-epochs=int:1:8", "norm-adv=true|false", "utility=log|cvar", "asset-cap=0.1:1",
-        "risk-aversion==40", "--", "--delay", "0.01",
+        "--trials", "2", "--seeds", "4", "7", "--markets", "a.csv", "b.csv", "--sampler", "random", "--metric", "growth",
+        "--space", SPACE, "log-std=-3:0.5", "update-epochs=int:1:8", "norm-adv=true|false", "utility=log|cvar",
+        "asset-cap=0.1:1", "risk-aversion==40", "--", "--delay", "0.01",
     )  # fmt: skip
-    assert len(tune.tried) == 3
+    assert len(tune.tried) == 2
     for tried in tune.tried:
         assert [(run["seed"], run["market"]) for run in tried["runs"]] == [
             (4, "a.csv"),
@@ -264,7 +263,7 @@ def test_every_parameter_arrives(tune):
             (7, "b.csv"),
         ]
         for run in tried["runs"]:
-            given = space.Value and trial.flat(arguments_of(run))
+            given = trial.flat(arguments_of(run))
             assert {name: given[name.replace("-", "_")] for name in tried["params"]} == tried["params"]
             assert (given["seed"], given["market"], given["delay"]) == (run["seed"], run["market"], 0.01)
     first, *others = [tried["params"] for tried in tune.tried]
@@ -299,7 +298,6 @@ def test_flags_are_read_from_help(tune):
         float, (), "None"
     )
     assert found["layers"].kind is None and found["asset-cap"].default == "1.0" and found["update-epochs"].kind is int
-    assert help_of(FAKE, "--learning-rate", "0.5")["learning-rate"].default == "0.5"
 
 
 @pytest.mark.parametrize(
@@ -380,8 +378,8 @@ def test_bad_input_is_refused_in_one_line(tune, name):
     assert expected in line and "secret" not in line and not tune.starts
 
 
-def test_a_default_that_differs_between_markets_has_to_be_given(script):
-    flags = [help_of(FAKE), help_of(FAKE, "--learning-rate", "0.5")]
+def test_a_default_that_differs_between_markets_has_to_be_given():
+    flags = [help_of(FAKE), {"learning-rate": space.Flag(float, (), "0.5")}]
     with pytest.raises(ValueError, match="holds the script's 0.001 or 0.5, which trial 0 runs"):
         space.read_space(("learning-rate=0:1",), [], flags, False)
     assert space.read_space(("learning-rate=0:1",), ["--learning-rate", "0.25"], flags, False)[1] == {"learning-rate": 0.25}
@@ -779,7 +777,7 @@ def test_a_grid_without_factors_is_a_sweep_over_seeds(tune):
     assert float(mean) == pytest.approx(scores.mean(), rel=1e-5) and float(iqm) == pytest.approx(
         np.sort(scores)[1:4].mean(), rel=1e-5
     )
-    assert scores.min() <= low < float(iqm) < high <= scores.max() + 1e-5
+    assert scores.min() - 1e-5 <= low < float(iqm) < high <= scores.max() + 1e-5
 
 
 def test_intervals_cover():
@@ -804,9 +802,9 @@ def test_best_json_reruns_to_the_same_bits(tune, tmp_path):
 
 
 def test_the_scoreboard_counts_the_trials(tune, monkeypatch):
-    """Of the copies of the best runs; the more there were, the less is left of the Sharpe ratio. And it compares best and start."""
+    """Of the copies of the best runs: the more there were, the less is left of the Sharpe ratio. It compares best and start."""
     monkeypatch.undo()
-    monkeypatch.setattr(tuner, "flags_of", lambda path, arguments: help_of(path.read_text(), *arguments))
+    monkeypatch.setattr(tuner, "flags_of", lambda path, arguments: help_of(path.read_text()))
     best = tune("--trials", "4", "--seeds", "1", "2", "--space", SPACE)
     assert best["trials"] == json.loads((tune.out / "trials.json").read_text())["trials"] == 4
     alone = board.Args(runs=(tune.out / "start", tune.out / "best"), resamples=50, replays=False)

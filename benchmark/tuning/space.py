@@ -93,11 +93,15 @@ def flags_of(script: Path, arguments: list[str]) -> dict[str, Flag]:
         said = [text for line in (done.stdout + done.stderr).splitlines() if (text := line.strip("│╭╰╮╯─ "))]
         raise ValueError(f"{shlex.join(call[1:])}: exit code {done.returncode}: {said[-1] if said else 'it said nothing'}")
     entries: list[list[str]] = []
+    inside = False  # of an entry: it ends with its box
     for line in done.stdout.splitlines():
         text = line.strip("│ ")
         if text.startswith("--"):
             entries.append([text])
-        elif entries:
+            inside = True
+        elif text.startswith(("╭", "╰")):
+            inside = False
+        elif inside:
             entries[-1].append(text)
     found = {}
     for first, *more in entries:
