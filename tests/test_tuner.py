@@ -1,4 +1,4 @@
-"""The tuner: what reaches the scripts, what is read of their runs and when, and that kills, crashes and new starts lose nothing.
+"""The tuner: what reaches the scripts, what is read of their runs and when, and that kills, crashes and restarts lose nothing.
 
 Most tests tune a small script that only pretends to learn, in this process; the script is always a process of its own.
 """
@@ -408,20 +408,20 @@ def test_the_test_split_is_read_at_the_end_alone(tune, monkeypatch):
 
     real = pd.read_parquet
     monkeypatch.setattr(trial.pd, "read_parquet", spy)
-    tune("--trials", "4", "--seeds", "1", "2", "--space", SPACE, "--", "--mode", "poison")
-    assert [filters for *_, filters in read[:8]] == [[("split", "==", "val")]] * 8
-    assert [filters for *_, filters in read[8:]] == [[("split", "==", "test")]] * 4
+    tune("--trials", "2", "--seeds", "1", "2", "--space", SPACE, "--", "--mode", "poison")
+    assert [filters for *_, filters in read[:4]] == [[("split", "==", "val")]] * 4
+    assert [filters for *_, filters in read[4:]] == [[("split", "==", "test")]] * 4
     for tried in tune.tried:
         expected = [-(np.log10(tried["params"]["learning-rate"] / 1e-2) ** 2) + 0.25 + 0.1 * seed for seed in (1, 2)]
         assert [run["score"] for run in tried["runs"]] == pytest.approx(expected, abs=0.05)
 
 
 def test_values_are_those_of_the_ledgers(tune):
-    best = tune("--trials", "5", "--space", SPACE, "--aggregate", "iqm", "--seeds", "1", "2", "3", "4", "5")
+    best = tune("--trials", "2", "--space", SPACE, "--aggregate", "iqm", "--seeds", "1", "2", "3", "4")
     for tried in tune.tried:
         scores = [score(run, "val") for run in tried["runs"]]
         assert [run["score"] for run in tried["runs"]] == pytest.approx(scores, rel=1e-12)
-        assert tried["value"] == pytest.approx(np.mean(sorted(scores)[1:4]), rel=1e-12)
+        assert tried["value"] == pytest.approx(np.mean(sorted(scores)[1:3]), rel=1e-12)
     for name, told in (("best", best), ("start", best["start"])):
         assert [run["test"] for run in told["runs"]] == pytest.approx(
             [score(run, "test") for run in told["runs"]], rel=1e-12
@@ -463,11 +463,11 @@ def test_metrics(tmp_path, env_id, metric, changes, expected):
 def test_a_crash_is_recorded_with_its_log(tune, capsys):
     """And the study goes on."""
     tune(
-        "--trials", "6", "--seeds", "1", "2", "--metric", "growth", "--sampler", "random", "--space", "utility=log|cvar", "--",
-        "--mode", "crash on b",
+        "--trials", "3", "--seeds", "1", "2", "--metric", "growth", "--sampler", "random", "--seed", "5",
+        "--space", "utility=log|cvar", "--", "--mode", "crash on b",
     )  # fmt: skip
     states = {tried["params"]["utility"]: tried["state"] for tried in tune.tried}
-    assert states == {"log": "complete", "cvar": "fail"} and len(tune.tried) == 6
+    assert states == {"log": "complete", "cvar": "fail"} and len(tune.tried) == 3
     failed = next(tried for tried in tune.tried if tried["state"] == "fail")
     log = tune.out / "trials" / str(failed["number"]) / "seed-1" / "log.txt"
     assert failed["failure"] == f"exit code 1: ValueError: on purpose; its log is {log}" and "it begins" in log.read_text()
@@ -508,23 +508,13 @@ def test_pruning_ends_the_process_and_its_children(tune, monkeypatch):
     monkeypatch.setattr(tuner, "make_pruner", lambda args: optuna.pruners.ThresholdPruner(lower=-100.0))
     monkeypatch.setattr(tuner, "CHOOSING", ())
     tune(
-        "--trials",
-        "3",
-        "--seeds",
-        "1",
-        "2",
-        "--sampler",
-        "random",
-        "--space",
-        "utility=log|cvar",
-        "--",
-        "--mode",
-        "hopeless on b",
-    )
+        "--trials", "2", "--seeds", "1", "2", "--sampler", "random", "--seed", "3", "--space", "utility=log|cvar", "--",
+        "--mode", "hopeless on b",
+    )  # fmt: skip
     pruned = [tried for tried in tune.tried if tried["params"]["utility"] == "cvar"]
     assert pruned and all(tried["state"] == "pruned" and tried["validations"] == [-1000.0] for tried in pruned)
     assert all(map(gone, tune.hanging()))
-    assert len(tune.starts) == 2 * 3 - len(pruned)  # the second seed of what is hopeless never starts
+    assert len(tune.starts) == 2 * 2 - len(pruned)  # the second seed of what is hopeless never starts
 
 
 def test_reports_go_on_from_seed_to_seed(tune):
@@ -561,15 +551,15 @@ def test_the_same_command_goes_on(tune):
     """To the same trials as without the interruption; what is done is not run again."""
     tune("--trials", "2", "--seeds", "1", "--space", SPACE, "log-std=-3:0.5")
     before = tune.tried
-    assert tune("--trials", "4", "--seeds", "1", "--space", SPACE, "log-std=-3:0.5")["trials"] == 4
-    assert tune.tried[:2] == before and len(tune.starts) == 4
-    tune("--trials", "4", "--seeds", "1", "--space", SPACE, "log-std=-3:0.5")
-    assert len(tune.starts) == 4
+    assert tune("--trials", "3", "--seeds", "1", "--space", SPACE, "log-std=-3:0.5")["trials"] == 3
+    assert tune.tried[:2] == before and len(tune.starts) == 3
+    tune("--trials", "3", "--seeds", "1", "--space", SPACE, "log-std=-3:0.5")
+    assert len(tune.starts) == 3
     tune.out = tune.out.with_name("at once")
-    tune("--trials", "4", "--seeds", "1", "--space", SPACE, "log-std=-3:0.5")
+    tune("--trials", "3", "--seeds", "1", "--space", SPACE, "log-std=-3:0.5")
     again = [tried["params"] for tried in tune.tried]
     tune.out = tune.out.with_name("out")
-    assert again == [tried["params"] for tried in tune.tried] and len({params["log-std"] for params in again}) == 4
+    assert again == [tried["params"] for tried in tune.tried] and len({params["log-std"] for params in again}) == 3
 
 
 def test_another_study_is_not_gone_on_with(tune):
@@ -603,7 +593,7 @@ def test_failed_trials_that_were_asked_for_are_tried_again(tune, monkeypatch):
 )
 def test_a_worker_that_was_killed_loses_nothing(tune, storage, number):
     """Its script ends with it, the same trial is run again by whoever goes on, and no trial is missing or surplus."""
-    options = ["--trials", "3", "--seeds", "1", "--heartbeat", "1", "--space", SPACE]
+    options = ["--trials", "2", "--seeds", "1", "--heartbeat", "1", "--space", SPACE]
     options += ["--storage", f"journal:{tune.out / 'journal.log'}"] if storage == "journal" else []
     options += ["--", "--mode", "hang once"]
     tune.out.mkdir()
@@ -618,9 +608,9 @@ def test_a_worker_that_was_killed_loses_nothing(tune, storage, number):
     assert number == signal.SIGKILL or "interrupted; the same command goes on from here" in said
     best = tune(*options)
     states = [(tried["slot"], tried["state"]) for tried in tune.tried]
-    assert sorted(states) == [(0, "complete"), (0, "fail"), (1, "complete"), (2, "complete")] and best["trials"] == 3
+    assert sorted(states) == [(0, "complete"), (0, "fail"), (1, "complete")] and best["trials"] == 2
     lost, again = (tried for tried in tune.tried if tried["slot"] == 0)
-    assert lost["params"] == again["params"] == best["start"]["params"] and len(tune.starts) == 4
+    assert lost["params"] == again["params"] == best["start"]["params"] and len(tune.starts) == 3
 
 
 @pytest.fixture
@@ -658,7 +648,7 @@ def postgres():
 
 def test_two_workers_on_postgresql(tune, postgres):
     """They never run the same trial, nor one too many, although one of them is killed outright in the middle of a trial."""
-    options = ["--trials", "8", "--seeds", "1", "--heartbeat", "1", "--storage", postgres, "--workers", "2", "--space", SPACE]
+    options = ["--trials", "6", "--seeds", "1", "--heartbeat", "1", "--storage", postgres, "--workers", "2", "--space", SPACE]
     options += ["--", "--delay", "0.2"]
     process = tune.start(*options)
     wait_until(lambda: len(tune.starts) >= 3)
@@ -671,13 +661,14 @@ def test_two_workers_on_postgresql(tune, postgres):
     assert process.returncode == 0, said
     study = optuna.load_study(study_name="search", storage=postgres)
     lost = [t for t in study.trials if t.state == TrialState.FAIL]
-    assert sorted(t.user_attrs["slot"] for t in study.trials if t.state == TrialState.COMPLETE) == list(range(8))
-    assert len(lost) <= 1 and len(study.trials) == 8 + len(lost) and len(tune.starts) == len(set(tune.starts)) <= 9
+    assert sorted(t.user_attrs["slot"] for t in study.trials if t.state == TrialState.COMPLETE) == list(range(6))
+    assert len(lost) <= 1 and len(study.trials) == 6 + len(lost) and len(tune.starts) == len(set(tune.starts)) <= 7
     assert len({t.user_attrs["worker"] for t in study.trials if "worker" in t.user_attrs}) == 2
     params = [t.params["learning-rate"] for t in study.trials if t.state == TrialState.COMPLETE]
-    assert len(set(params)) == 8  # workers with one seed do not suggest the same
+    assert len(set(params)) == 6  # workers with one seed do not suggest the same
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_a_slot_that_was_queued_twice_is_run_once(tune, tmp_path):
     """As by two commands that set the study up at the same moment; and slots beyond --trials are not run."""
     args = tuner.Args(ROOT / "tuner.py", storage=f"sqlite:///{tmp_path / 'study.db'}")
@@ -715,9 +706,9 @@ def quadratic(tried: optuna.Trial) -> float:
 @pytest.mark.parametrize("name", ["tpe", "gp", "cmaes", "random", "cem"])
 def test_samplers_are_reproducible(name):
     """The same seed suggests the same, interrupted or not; another seed does not; nothing is suggested twice."""
-    whole = values_of(name, 14)
-    assert values_of(name, 5, 9) == whole != values_of(name, 14, seed=1)
-    assert len({params["x"] for params in whole}) == 14
+    whole = values_of(name, 12)
+    assert values_of(name, 5, 7) == whole != values_of(name, 12, seed=1)
+    assert len({params["x"] for params in whole}) == 12
 
 
 def test_the_cross_entropy_method_converges():
@@ -733,30 +724,17 @@ def test_the_cross_entropy_method_converges():
 
 
 def test_a_grid_finds_planted_effects(tune, capsys):
-    tune(
-        "--grid",
-        "--metric",
-        "growth",
-        "--seeds",
-        "1",
-        "2",
-        "3",
-        "--space",
-        "norm-adv=true|false",
-        "utility=log|cvar",
-        "update-epochs=1|2",
-    )
-    assert sorted(tuple(tried["params"].values()) for tried in tune.tried) == sorted(
-        (adv, utility, epochs) for adv in (True, False) for utility in ("log", "cvar") for epochs in (1, 2)
-    )
+    tune("--grid", "--metric", "growth", "--seeds", "1", "2", "--space", "norm-adv=true|false", "utility=log|cvar")
+    cells = [tuple(tried["params"].values()) for tried in tune.tried]
+    assert cells == [(True, "log"), (True, "cvar"), (False, "log"), (False, "cvar")]
     with (tune.out / "effects.csv").open() as file:
         found = {row["factor"]: row for row in csv.DictReader(file)}
-    for factor, level, planted in (("norm-adv", "False", -0.25), ("utility", "cvar", 0.5), ("update-epochs", "2", 0.0)):
+    for factor, level, planted in (("norm-adv", "False", -0.25), ("utility", "cvar", 0.5)):
         row = found[factor]
         low, effect, high = (float(row[key]) for key in ("low", "effect", "high"))
-        assert row["level"] == level and row["pairs"] == "4" and effect == pytest.approx(planted, abs=0.01)
+        assert row["level"] == level and row["pairs"] == "2" and effect == pytest.approx(planted, abs=0.01)
         assert low <= effect + 1e-12 and effect <= high + 1e-12 and high - low < 0.01
-    assert "| utility | cvar | log | 0.49" in (said := capsys.readouterr().out) or "| utility | cvar | log | 0.5" in said
+    assert f"| utility | cvar | log | {effect:.6g} |" in capsys.readouterr().out
 
 
 def test_an_ablation_changes_one_at_a_time(tune):
@@ -769,13 +747,13 @@ def test_an_ablation_changes_one_at_a_time(tune):
 
 
 def test_a_grid_without_factors_is_a_sweep_over_seeds(tune):
-    best = tune("--grid", "--seeds", "1", "2", "3", "4", "5")
+    best = tune("--grid", "--seeds", "1", "2", "3", "4")
     scores = np.array([run["score"] for run in best["runs"]])
-    assert len(scores) == 5 and best["trials"] == 1
+    assert len(scores) == 4 and best["trials"] == 1
     mean, iqm, interval = (tune.out / "report.md").read_text().split("95% interval of the IQM |")[1].split("|")[5:8]
     low, high = json.loads(interval)
     assert float(mean) == pytest.approx(scores.mean(), rel=1e-5) and float(iqm) == pytest.approx(
-        np.sort(scores)[1:4].mean(), rel=1e-5
+        np.sort(scores)[1:3].mean(), rel=1e-5
     )
     assert scores.min() - 1e-5 <= low < float(iqm) < high <= scores.max() + 1e-5
 
@@ -793,7 +771,7 @@ def test_intervals_cover():
 
 
 def test_best_json_reruns_to_the_same_bits(tune, tmp_path):
-    best = tune("--trials", "3", "--seeds", "3", "--markets", "b.csv", "--space", SPACE, "--", "--log-std", "-2")
+    best = tune("--trials", "2", "--seeds", "3", "--markets", "b.csv", "--space", SPACE, "--", "--log-std", "-2")
     (run,) = best["runs"]
     assert best["args"] == ["--log-std", "-2", f"--learning-rate={best['params']['learning-rate']}"]
     subprocess.run([sys.executable, best["script"], *run["args"], "--runs-dir", str(tmp_path / "again")], check=True)
@@ -805,13 +783,13 @@ def test_the_scoreboard_counts_the_trials(tune, monkeypatch):
     """Of the copies of the best runs: the more there were, the less is left of the Sharpe ratio. It compares best and start."""
     monkeypatch.undo()
     monkeypatch.setattr(tuner, "flags_of", lambda path, arguments: help_of(path.read_text()))
-    best = tune("--trials", "4", "--seeds", "1", "2", "--space", SPACE)
-    assert best["trials"] == json.loads((tune.out / "trials.json").read_text())["trials"] == 4
+    best = tune("--trials", "3", "--seeds", "1", "2", "--space", "learning-rate=log:1e-3:2e-2")
+    assert best["trials"] == json.loads((tune.out / "trials.json").read_text())["trials"] == 3 and best["trial"] > 0
     alone = board.Args(runs=(tune.out / "start", tune.out / "best"), resamples=50, replays=False)
     (group,) = board.assemble(alone)["groups"]
-    assert group["trials"] == 2 * 4 + 2 * 1
+    assert group["trials"] == 2 * 3 + 2 * 1
     for path in (tune.out / "best").glob("*/*/run.json"):
-        assert json.loads(path.read_text())["trials"] == 4
+        assert json.loads(path.read_text())["trials"] == 3
         path.write_text(json.dumps(json.loads(path.read_text()) | {"trials": 1}))
     deflated = max(group["rows"], key=lambda row: row["sharpe"]["value"])["dsr"]
     (group,) = board.assemble(alone)["groups"]
