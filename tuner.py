@@ -50,7 +50,7 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from benchmark.tuning.results import write_results
+from benchmark.tuning.results import write_results, write_trials
 from benchmark.tuning.samplers import make_sampler
 from benchmark.tuning.space import DEFAULT, Value, environment, flags_of, read_space, text_of, value_in
 from benchmark.tuning.trial import PATIENCE, POLL, Terms, end_with_parent, run_trial
@@ -423,18 +423,21 @@ def main(args: Args, own: list[str], arguments: list[str], as_worker: bool = Fal
     for name, text in setup["space"].items():
         print(f"    {name}: {text_of(json_to_distribution(text))}, first {setup['start'][name]}", flush=True)
     codes = [0]
-    if args.ray:
-        codes = run_on_ray(args, [*own, "--", *arguments])
-    elif args.workers == 1:
-        work(args, study, storage)
-    else:
-        with contextlib.ExitStack() as stack:
-            workers = [stack.enter_context(worker_process([*own, "--", *arguments])) for _ in range(args.workers)]
-            codes = [worker.wait() for worker in workers]
+    try:
+        if args.ray:
+            codes = run_on_ray(args, [*own, "--", *arguments])
+        elif args.workers == 1:
+            work(args, study, storage)
+        else:
+            with contextlib.ExitStack() as stack:
+                workers = [stack.enter_context(worker_process([*own, "--", *arguments])) for _ in range(args.workers)]
+                codes = [worker.wait() for worker in workers]
+    finally:
+        trials = write_trials(study, args.out)
     ended = {t.user_attrs["slot"] for t in study.get_trials(deepcopy=False) if t.state.is_finished()}
     if left := len(set(range(slots)) - ended):
         sys.exit(f"{left} of {slots} trials are left, the workers ended with {codes}; the same command goes on from here")
-    print(write_results(study, args.out))
+    print(write_results(study, trials, args.out))
     return 0
 
 

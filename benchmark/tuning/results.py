@@ -37,30 +37,33 @@ def interval(scores: np.ndarray, statistic=np.mean) -> tuple[float, float]:
     return float(drawn.low), float(drawn.high)
 
 
-def write_results(study: optuna.Study, out: Path) -> str:
-    """Write all that a study leaves in `out`, and return the report as text.
-
-    trials.json: every trial. best.json: the arguments that rerun the best one, and its scores beside those of slot 0, the
-    start. best/, start/: copies of their run directories; run.json of the best ones counts the trials, which deflates their
-    Sharpe ratio on a scoreboard. report.md, report.html and, of a design, effects.csv. Exits with one line where no trial was
-    completed.
-    """
+def write_trials(study: optuna.Study, out: Path) -> int:
+    """Write trials.json, every trial that has ended with its runs; returns how many were tried, each once if it was lost."""
     setup = study.user_attrs["setup"]
     ended = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
     trials = len({t.user_attrs["slot"] for t in ended})
-    ledger.write_json(out / "trials.json", {
-        "study": study.study_name, **setup, "trials": trials,
-        "tried": [
-            {
-                "number": t.number, "slot": t.user_attrs["slot"], "state": t.state.name.lower(), "value": t.value,
-                "params": t.params, "validations": list(t.intermediate_values.values()),
-                "seconds": t.duration.total_seconds() if t.duration else None,
-                "failure": t.user_attrs.get("failure"), "runs": t.user_attrs.get("runs", []),
-            }
-            for t in ended
-        ],
-    })  # fmt: skip
-    complete = [t for t in ended if t.state == TrialState.COMPLETE]
+    tried = [
+        {
+            "number": t.number, "slot": t.user_attrs["slot"], "state": t.state.name.lower(), "value": t.value,
+            "params": t.params, "validations": list(t.intermediate_values.values()),
+            "seconds": t.duration.total_seconds() if t.duration else None,
+            "failure": t.user_attrs.get("failure"), "runs": t.user_attrs.get("runs", []),
+        }
+        for t in ended
+    ]  # fmt: skip
+    ledger.write_json(out / "trials.json", {"study": study.study_name, **setup, "trials": trials, "tried": tried})
+    return trials
+
+
+def write_results(study: optuna.Study, trials: int, out: Path) -> str:
+    """Write all else that a study leaves in `out`, and return the report as text. trials: how many were tried.
+
+    best.json: the arguments that rerun the best trial, and its scores beside those of slot 0, the start. best/, start/: copies
+    of their run directories; run.json of the best ones counts the trials, which deflates their Sharpe ratio on a scoreboard.
+    report.md, report.html and, of a design, effects.csv. Exits with one line where no trial was completed.
+    """
+    setup = study.user_attrs["setup"]
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         sys.exit(f"--study {study.study_name}: no trial of {trials} was completed; see {out / 'trials.json'}")
     best = max(complete, key=lambda t: t.value)
