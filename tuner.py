@@ -101,7 +101,8 @@ class Args:
     workers: int = 1
     """trials at once; they share the CPU cores"""
     ray: bool = False
-    """run the workers as tasks of a Ray cluster whose machines share --out and --storage"""
+    """run the workers as tasks of the Ray cluster of RAY_ADDRESS, or of one started here; its machines share --out and
+    --storage"""
     timeout: float = 7200.0
     """seconds after which a run counts as failed"""
     heartbeat: int = 20

@@ -250,7 +250,7 @@ def score(run: dict, split: str) -> float:
 def test_every_parameter_arrives(tune):
     """Of every kind, the first one and those of groups too, in the study as in run.json; seeds and markets as asked for."""
     tune(
-        "--trials", "2", "--seeds", "4", "7", "--markets", "a.csv", "b.csv", "--sampler", "random", "--metric", "growth",
+        "--trials", "2", "--seeds", "4", "--markets", "a.csv", "b.csv", "--sampler", "random", "--metric", "growth",
         "--space", SPACE, "log-std=-3:0.5", "update-epochs=int:1:8", "norm-adv=true|false", "utility=log|cvar",
         "asset-cap=0.1:1", "risk-aversion==40", "--", "--delay", "0.01",
     )  # fmt: skip
@@ -472,7 +472,7 @@ def test_a_crash_is_recorded_with_its_log(tune, capsys):
     log = tune.out / "trials" / str(failed["number"]) / "seed-1" / "log.txt"
     assert failed["failure"] == f"exit code 1: ValueError: on purpose; its log is {log}" and "it begins" in log.read_text()
     assert not failed["runs"] and not log.parent.with_name("seed-2").exists()  # nothing more is spent on it
-    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tune.out / 'study.db'}")
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tune.out / 'study.db'}")  # as a dashboard does
     assert "it begins" in study.trials[failed["number"]].user_attrs["log"]
     said = capsys.readouterr().out
     assert f"failed: exit code 1: ValueError: on purpose; its log is {log}" in said and "    it begins" in said
@@ -801,15 +801,6 @@ def test_the_scoreboard_counts_the_trials(tune, monkeypatch):
     assert page.count("Plotly.newPlot") >= 3 and "src=" not in page.replace('src="data', "")[:200_000].split("<body>")[0]
 
 
-def test_optuna_opens_the_study(tune):
-    """What its dashboard needs."""
-    tune("--trials", "2", "--seeds", "1", "--space", SPACE)
-    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tune.out / 'study.db'}")
-    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2 and study.best_value == max(
-        t.value for t in study.trials
-    )
-
-
 def test_ray_is_optional(tune, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match="--ray: Ray is not installed; expected pip install ray, or no --ray"):
@@ -826,6 +817,7 @@ def test_a_real_script(tmp_path):
     run = json.loads((Path(best["runs"][0]["run_dir"]) / "run.json").read_text())
     assert best["value"] == pytest.approx(run["val_growth"], rel=1e-12) and best["params"]["learning-rate"] == 2e-3
     assert best["runs"][0]["test"] == pytest.approx(run["scores"]["test"]["agent"]["growth"], rel=1e-12)
+    assert run["args"]["num_threads"] == len(os.sched_getaffinity(0))
     (tried,) = json.loads((tmp_path / "out" / "trials.json").read_text())["tried"]
     assert len(tried["validations"]) == 2 and max(tried["validations"]) == pytest.approx(run["val_growth"], rel=1e-6)
     assert {"gamma", "gae-lambda", "ent-coef", "clip-coef", "num-minibatches", "update-epochs"} <= set(best["params"])
