@@ -110,13 +110,15 @@ def hang(name):
 
 if args.mode == "crash" or (args.mode == "crash on b" and args.utility == "cvar"):
     raise ValueError("on purpose")
-if args.mode == "hang once" and not (home / "hangs").exists():
+if args.mode == "hang in the second" and len((home / "starts").read_text().splitlines()) == 2:
     hang("hangs")
 if args.mode == "hang":
     hang("hangs")
 if args.mode == "hopeless on b" and args.utility == "cvar":
     log(-1000.0)
     hang("hangs")
+if args.mode == "bad":
+    log(-1000.0)
 if "hopeless" in args.mode or args.mode == "log":
     log(-1.0, 2.0, 1.0)
 time.sleep(args.delay)
@@ -517,6 +519,18 @@ def test_pruning_ends_the_process_and_its_children(tune, monkeypatch):
     assert len(tune.starts) == 2 * 2 - len(pruned)  # the second seed of what is hopeless never starts
 
 
+def test_what_has_ended_is_not_pruned(tune, monkeypatch):
+    """Its score is there, and is worth more than what was said of it on the way; unless there is another seed to save."""
+    monkeypatch.setattr(tuner, "make_pruner", lambda args: optuna.pruners.ThresholdPruner(lower=-100.0))
+    monkeypatch.setattr(trial, "POLL", 60.0)  # a look before it has begun, and one at the end
+    tune("--trials", "1", "--seeds", "1", "--space", SPACE, "--", "--mode", "bad")
+    assert (tune.tried[0]["state"], tune.tried[0]["validations"]) == ("complete", [-1000.0])
+    tune.out = tune.out.with_name("two seeds")
+    with pytest.raises(SystemExit, match="no trial of 1 was completed"):
+        tune("--trials", "1", "--seeds", "1", "2", "--space", SPACE, "--", "--mode", "bad")
+    assert tune.tried[0]["state"] == "pruned"
+
+
 def test_reports_go_on_from_seed_to_seed(tune):
     """The aggregate of the runs that have ended and of the best validation of the one that runs."""
     tune("--trials", "1", "--seeds", "1", "2", "--aggregate", "mean", "--space", SPACE, "--", "--mode", "log")
@@ -595,7 +609,7 @@ def test_a_worker_that_was_killed_loses_nothing(tune, storage, number):
     """Its script ends with it, the same trial is run again by whoever goes on, and no trial is missing or surplus."""
     options = ["--trials", "2", "--seeds", "1", "--heartbeat", "1", "--space", SPACE]
     options += ["--storage", f"journal:{tune.out / 'journal.log'}"] if storage == "journal" else []
-    options += ["--", "--mode", "hang once"]
+    options += ["--", "--mode", "hang in the second"]
     tune.out.mkdir()
     process = tune.start(*options)
     pids = tune.hanging()
@@ -608,9 +622,9 @@ def test_a_worker_that_was_killed_loses_nothing(tune, storage, number):
     assert number == signal.SIGKILL or "interrupted; the same command goes on from here" in said
     best = tune(*options)
     states = [(tried["slot"], tried["state"]) for tried in tune.tried]
-    assert sorted(states) == [(0, "complete"), (0, "fail"), (1, "complete")] and best["trials"] == 2
-    lost, again = (tried for tried in tune.tried if tried["slot"] == 0)
-    assert lost["params"] == again["params"] == best["start"]["params"] and len(tune.starts) == 3
+    assert sorted(states) == [(0, "complete"), (1, "complete"), (1, "fail")] and best["trials"] == 2
+    lost, again = (tried for tried in tune.tried if tried["slot"] == 1)
+    assert lost["params"] == again["params"] != best["start"]["params"] and len(tune.starts) == 3
 
 
 @pytest.fixture
