@@ -7,7 +7,8 @@
     learning-rate=log:1e-4:1e-2   a number, on a logarithmic scale      update-epochs=int:1:8        a whole number
     ent-coef=0:0.05               a number                              num-steps=logint:16:256      the same, logarithmic
     norm-adv=true|false           one of these                          ent-coef==0.01               always this
-and two words stand for several, listed in benchmark/tuning/space.py: `default`, which is also what is searched without
+
+Two words stand for several, listed in benchmark/tuning/space.py: `default`, which is also what is searched without
 --space, for the flags that the script has, and `reward-weights` for the penalties of ppo_portfolio. A later entry replaces an
 earlier one.
 
