@@ -74,8 +74,9 @@ class Args:
     """batches to learn from"""
     batch_size: int = 256
     """transitions in a batch"""
-    learning_rate: float = 1e-3
-    """learning rate of the critics' Adam; both fall to 0 along a cosine, unless --finetune-steps follow"""
+    learning_rate: float | None = None
+    """learning rate of the critics' Adam (1e-3 by default, 3e-4 with discrete actions, which are overfitted sooner); both fall
+    to 0 along a cosine, unless --finetune-steps follow"""
     actor_learning_rate: float = 1e-3
     """learning rate of the actor's (continuous actions)"""
     gamma: float | None = None
@@ -273,7 +274,7 @@ if __name__ == "__main__":
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
     for flag in ("alpha", "bc_steps", "learning_rate", "actor_learning_rate", "patience", "finetune_steps"):
-        if getattr(args, flag) < 0:
+        if (getattr(args, flag) or 0) < 0:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 0 or more")
     if args.gamma is not None and not 0.0 <= args.gamma <= 1.0:
         sys.exit(f"--gamma {args.gamma}: expected 0 to 1")
@@ -320,6 +321,7 @@ if __name__ == "__main__":
             raise ValueError(f"{args.dataset}: actions of {found}: expected those of {env_id}")
     except (ValueError, gym.error.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    args.learning_rate = args.learning_rate if args.learning_rate is not None else (3e-4 if discrete else 1e-3)
     gamma = args.gamma if args.gamma is not None else data.meta.get("gamma", 0.99)
     if args.calql and gamma != data.meta.get("gamma"):
         sys.exit(f"--calql, --gamma {gamma}: expected {data.meta.get('gamma')}, by which the data's returns are discounted")

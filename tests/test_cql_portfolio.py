@@ -160,7 +160,18 @@ def test_the_penalty_lowers_actions_that_the_data_do_not_take(inside, tmp_path):
     data = write_foreign(tmp_path / "d.hdf5", True, rows=1000, actions=actions, **{"infos/action_mask": mask})
     gaps = []
     for alpha in ("0", "5"):
-        options = ["--gradient-steps", "300", "--batch-size", "64", "--hidden", "16", "--alpha", alpha]
+        options = [
+            "--gradient-steps",
+            "300",
+            "--batch-size",
+            "64",
+            "--hidden",
+            "16",
+            "--learning-rate",
+            "1e-3",
+            "--alpha",
+            alpha,
+        ]
         agent = inside("--dataset", str(data), *options)["agent"]
         q = agent.critic(torch.randn(500, 3)).mean(dim=(0, 1)).detach()
         gaps.append(float(q[:2].mean() - q[2]))
