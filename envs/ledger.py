@@ -38,6 +38,8 @@ def backtest(envs: MarketVectorEnv, policy: Policy, panel: Panel, split: Split) 
     `envs` must hold one market per range, made with random_start=False and episode_length=0. A market that is
     ruined stays in the ledger to the end of its range, flat and without return. Timestamps are those of the marks. `action` is
     what the policy chose, or, where actions are scores, the weights that the environment made of them and ordered.
+    A policy that keeps account of what it earns has an attribute `after`, called after each bar with the rewards (n,) and whether
+    each market's range is over (n,).
     """
     ranges = len(split.ranges)
     if envs.num_envs != ranges:
@@ -51,7 +53,9 @@ def backtest(envs: MarketVectorEnv, policy: Policy, panel: Panel, split: Split) 
     alive = np.ones(ranges, bool)
     for t in range(steps.max()):
         action = policy(obs, infos.get("action_mask"), infos["row"])
-        obs, _, terminated, truncated, infos = envs.step(action)
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        if hasattr(policy, "after"):
+            policy.after(reward, terminated | truncated)
         records[t, alive] = infos["record"][alive]
         records[t, ~alive, EQUITY] = records[t - 1, ~alive, EQUITY]
         for c, name in enumerate(envs.ledger_columns):
