@@ -38,8 +38,8 @@ def backtest(envs: MarketVectorEnv, policy: Policy, panel: Panel, split: Split) 
     `envs` must hold one market per range, made with random_start=False and episode_length=0. A market that is
     ruined stays in the ledger to the end of its range, flat and without return. Timestamps are those of the marks. `action` is
     what the policy chose, or, where actions are scores, the weights that the environment made of them and ordered.
-    A policy that keeps account of what it earns has an attribute `after`, called after each bar with the rewards (n,) and whether
-    each market's range is over (n,).
+    A policy that keeps account of what it earns has an attribute `after`, called after each bar with the rewards (n,) and
+    whether each market's range is over (n,).
     """
     ranges = len(split.ranges)
     if envs.num_envs != ranges:
