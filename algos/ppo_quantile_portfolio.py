@@ -4,9 +4,9 @@ The critic learns quantiles of the return from targets that exchange samples (`r
 --cvar-alpha 1 (default) maximises the mean, as ppo_portfolio.py does, with the mean of the quantiles as baseline. Below 1:
 
 --risk static: CVaR_alpha of the return R of an episode = max over b of b - E[(b - R)+] / alpha (Rockafellar & Uryasev 2000).
-  The state holds the budget, b less what the episode has earned, and how much of the episode is left: for a given b the best policy
-  needs no other memory (Bauerle & Ott 2011). b follows the alpha-quantile of the returns of finished episodes. The value of a
-  state is -E[(budget - Z)+] / alpha, Z what is still to be earned by the critic's quantiles; an episode's end is the end.
+  The state holds the budget, b less what the episode has earned, and how much of the episode is left: for a given b the best
+  policy needs no other memory (Bauerle & Ott 2011). b follows the alpha-quantile of the returns of finished episodes. The value
+  of a state is -E[(budget - Z)+] / alpha, Z what is still to be earned by the critic's quantiles; an episode's end is the end.
 --risk iterated: rho(s) = CVaR_alpha of r + gamma rho(s'), every bar anew (Ruszczynski 2010). The critic learns the quantiles of
   r + gamma rho(s'); VaR and rho are read off them, and an action is worth VaR - (VaR - r - gamma rho(s'))+ / alpha.
 
@@ -318,7 +318,7 @@ def replaced(rewards, next_quantiles, over, gamma, keep):
 def cvar(quantiles, alpha):
     """(...) mean of the worst share alpha of (..., N) quantiles in order; the last of them counts in part."""
     share = alpha * quantiles.shape[-1]
-    weights = (share - torch.arange(quantiles.shape[-1], device=quantiles.device)).clamp(0.0, 1.0)
+    weights = (share - torch.arange(quantiles.shape[-1], device=quantiles.device, dtype=quantiles.dtype)).clamp(0.0, 1.0)
     return quantiles @ (weights / share)
 
 
@@ -557,31 +557,41 @@ if __name__ == "__main__":
 
     played, history = Account(account.horizon), []  # of the latest evaluation: bar by bar what was seen, earned, and over
 
-    def agent_policy(observation, *_):
+    def mean_action(observation):
         with torch.no_grad():
-            seen = agent.norm(joined(torch.as_tensor(observation), played.state()).to(device))
-            history.append([seen])
-            return agent.actor(seen).cpu().numpy().clip(lowest, highest)
+            history.append([agent.norm(joined(torch.as_tensor(observation), played.state()).to(device))])
+            return agent.actor(history[-1][0]).cpu()
+
+    def agent_policy(observation, *_):
+        return mean_action(observation).numpy().clip(lowest, highest)
 
     def after(reward, over):
         history[-1] += [args.reward_scale * torch.as_tensor(reward, dtype=torch.float32).clone(), torch.as_tensor(over).clone()]
         played.spend(*history[-1][1:], agent.budget)
 
-    agent_policy.after = after
+    agent_policy.after = after  # called by the backtest after each bar
 
     def begin_evaluation(num_envs):
         played.restart(num_envs, agent.budget)
         history.clear()
 
-    def backtest(split, **changes):
+    def backtest(split, policy=agent_policy, **changes):
         """With --risk static the split's histories are cut into episodes of --episode-length bars, one after another: the
         budget starts afresh in each, the positions are kept."""
         begin_evaluation(len(splits[split].ranges))
-        return portfolio_references.run(split=splits[split], policy=agent_policy, **{**env_options, **changes})
+        return portfolio_references.run(split=splits[split], policy=policy, **{**env_options, **changes})
 
     def calibration():
-        """Coverage of the critic's quantiles in the latest backtest, where the outcome is known: that of the last bars is not.
-        The agent explores in training and not here, which the critic does not know."""
+        """Coverage of the critic's quantiles on the validation split, by outcomes of the agent as it explores, which is whom
+        the critic knows. Its random numbers are their own. The outcome of the last bars of a history is not known."""
+        noise = torch.Generator().manual_seed(args.seed)
+
+        def exploring_policy(observation, *_):
+            mean, std = mean_action(observation), agent.log_std.detach().exp().cpu()
+            return (mean + std * torch.randn(mean.shape, generator=noise)).numpy().clip(lowest, highest)
+
+        exploring_policy.after = after
+        backtest("val", exploring_policy)
         seen, rewards, over = (torch.stack(part).to(device) for part in zip(*history))
         with torch.no_grad():
             quantiles = agent.quantiles(seen.flatten(0, 1)).view(*rewards.shape, -1)
@@ -828,15 +838,10 @@ if __name__ == "__main__":
         sys.exit(f"{failure}; the last good checkpoint, if any, is in {run_dir}")
     if is_market:
         agent.load_state_dict(best_model)
-        frames = {}
-        for split in splits:
-            frames[split] = backtest(split)
-            if split == "val":
-                run["calibration"] = calibration()
+        frames = {split: backtest(split) for split in splits}
         ledger.write_ledger(run_dir / "ledger.parquet", pd.concat(frames.values(), ignore_index=True))
-        compared = {"agent": frames["test"], **portfolio_references.references(
-            data, splits["test"], risk_aversion, args.cvar_alpha, bars
-        )}
+        known = portfolio_references.references(data, splits["test"], risk_aversion, args.cvar_alpha, bars)
+        compared = {"agent": frames["test"], **known}
         if args.guard.active:
             compared["without guard"] = backtest("test", guard=RegimeGuard())
         scores = {name: ledger.summarise(frame, panel.bars_per_year) for name, frame in compared.items()}
@@ -852,7 +857,7 @@ if __name__ == "__main__":
             interval = f"[{s['sharpe_low']:.2f}, {s['sharpe_high']:.2f}]"
             print(f"{name:16}{s['sharpe']:7.2f}  {interval:<16}{s['growth']:8.1%}{s['utility']:9.1%}", end="")
             print(f"{s['max_drawdown']:10.1%}{s['turnover']:9.0f}x{s['cost']:8.1%}{s['gross_exposure']:7.2f}")
-        run["outcomes"] = {}
+        run |= {"outcomes": {}, "calibration": calibration()}
         print(f"net log growth of all windows of {bars} bars\n{'':16}{'mean':>9}{f'CVaR {args.cvar_alpha:g}':>10}")
         for name, frame in compared.items():
             growths = portfolio_references.episode_returns(frame, bars)
