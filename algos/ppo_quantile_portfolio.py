@@ -3,10 +3,11 @@
 The critic learns quantiles of the return from targets that exchange samples (`replaced`) and never average quantile functions.
 --cvar-alpha 1 (default) maximises the mean, as ppo_portfolio.py does, with the mean of the quantiles as baseline. Below 1:
 
---risk static: CVaR_alpha of the return R of an episode = max over b of b - E[(b - R)+] / alpha (Rockafellar & Uryasev 2000).
-  The state holds the budget, b less what the episode has earned, and how much of the episode is left: for a given b the best
-  policy needs no other memory (Bauerle & Ott 2011). b follows the alpha-quantile of the returns of finished episodes. The value
-  of a state is -E[(budget - Z)+] / alpha, Z what is still to be earned by the critic's quantiles; an episode's end is the end.
+--risk static: CVaR_alpha of R, the rewards of --horizon bars summed, = max over b of b - E[(b - R)+] / alpha (Rockafellar &
+  Uryasev 2000). The state holds the budget, b less what has been earned, and how much of the horizon is left: for a given b the
+  best policy needs no other memory (Bauerle & Ott 2011). b follows the alpha-quantile of finished horizons. The value of a state
+  is -E[(budget - Z)+] / alpha, Z what is still to be earned by the critic's quantiles; nothing counts after a horizon's end,
+  where the next one begins. In backtests too: the account goes on, the budget starts afresh every --horizon bars.
 --risk iterated: rho(s) = CVaR_alpha of r + gamma rho(s'), every bar anew (Ruszczynski 2010). The critic learns the quantiles of
   r + gamma rho(s'); VaR and rho are read off them, and an action is worth VaR - (VaR - r - gamma rho(s'))+ / alpha.
 
@@ -128,8 +129,10 @@ class Args:
     cvar_alpha: float = 1.0
     """maximise the mean of the worst share of outcomes, this one; 1: of all of them, which is risk-neutral"""
     risk: str = "static"
-    """below 1, whose outcomes: static (CVaR of the return of an episode of --episode-length bars, by a budget in the state) or
-    iterated (CVaR of every bar's reward and what follows, nested)"""
+    """below 1, whose outcomes: static (CVaR of the rewards of --horizon bars, summed, by a budget in the state) or iterated
+    (CVaR of every bar's reward and what follows, nested)"""
+    horizon: int = 20
+    """bars of an outcome, one after another, in static CVaR and in the report (with --env-id: a whole episode)"""
     anneal_alpha: float = 0.5
     """share of the training over which the level falls from 1 to --cvar-alpha"""
     num_quantiles: int = 32
@@ -145,7 +148,7 @@ class Args:
     anneal_lr: bool = True
     """let the learning rate fall linearly to 0"""
     gamma: float = 0.9
-    """discount factor (1 with --risk static, whose episodes are finite)"""
+    """discount factor (1 with --risk static, whose horizon is finite)"""
     gae_lambda: float = 0.9
     """lambda of generalised advantage estimation and of the critic's targets (neither with --risk iterated: one step)"""
     num_minibatches: int = 4
@@ -189,7 +192,9 @@ KNOWN = {
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5),
         gamma=0.0, log_std=0.0,
     ),
-    "synthetic:tail": dict(portfolio=PortfolioConfig(costs="zero", cash=False), episode_length=10, log_std=0.0),
+    "synthetic:tail": dict(
+        portfolio=PortfolioConfig(costs="zero", cash=False), log_std=0.0, horizon=10, reward_scale=20.0
+    ),
 }  # fmt: skip
 
 # What changes for --env-id: the settings of rl-zoo for Pendulum-v1.
@@ -199,8 +204,9 @@ CLASSIC_CONTROL = dict(
 )  # fmt: skip
 
 
-# What changes for --risk static: the return of an episode is the sum of its rewards.
-STATIC = dict(gamma=1.0)
+# What changes for --risk static: rewards are summed over a horizon short enough to do without bootstrapping inside it, and
+# the critic follows a target that moves with the budget in more and smaller steps.
+STATIC = dict(gamma=1.0, gae_lambda=1.0, num_minibatches=16)
 
 
 class RunningNorm(nn.Module):
@@ -348,16 +354,20 @@ def coverage(quantiles, outcomes, level):
 
 
 class Account:
-    """What --risk static adds to the state, of n markets: the budget left, in scaled rewards, and the share of the episode.
+    """What --risk static adds to the state, of n markets: the budget left, in scaled rewards, and the share of the horizon.
 
-    horizon: bars of an episode; None: nothing is added.
+    horizon: bars; None: nothing is added. outcomes: what each finished horizon has earned, in scaled rewards.
     """
 
     def __init__(self, horizon):
-        self.horizon = horizon
+        self.horizon, self.outcomes = horizon, []
 
     def restart(self, num_envs, budget):
-        self.budget, self.bars = torch.full((num_envs,), float(budget)), torch.zeros(num_envs)
+        self.budget, self.bars, self.earned = (
+            torch.full((num_envs,), float(budget)),
+            torch.zeros(num_envs),
+            torch.zeros(num_envs),
+        )
 
     def state(self):
         """(n, 2), or (n, 0)"""
@@ -366,11 +376,16 @@ class Account:
         return torch.stack([self.budget, 1.0 - self.bars / self.horizon], dim=1)
 
     def spend(self, rewards, over, budget):
-        """One bar: scaled rewards (n,); over (n,) bool: the episode has ended, and the next one starts with `budget`."""
-        if self.horizon is not None:
-            over = over | (self.bars == self.horizon - 1)
-            self.budget = torch.where(over, torch.full_like(rewards, float(budget)), self.budget - rewards)
-            self.bars = torch.where(over, 0.0, self.bars + 1.0)
+        """One bar: scaled rewards (n,); over (n,) bool: the episode has ended. Returns where an outcome is complete (n,) bool:
+        there, or at the end of a horizon; the next one starts with `budget`."""
+        if self.horizon is None:
+            return over
+        over = over | (self.bars == self.horizon - 1)
+        self.earned += rewards
+        self.outcomes += self.earned[over].tolist()
+        self.budget = torch.where(over, torch.full_like(rewards, float(budget)), self.budget - rewards)
+        self.bars, self.earned = torch.where(over, 0.0, self.bars + 1.0), torch.where(over, 0.0, self.earned)
+        return over
 
 
 def joined(observation, state):
@@ -434,7 +449,7 @@ if __name__ == "__main__":
     if args.num_quantiles < 1 or args.num_quantiles * args.cvar_alpha < 1.0:
         sys.exit(f"--num-quantiles {args.num_quantiles}: expected at least 1 / --cvar-alpha: {1 / args.cvar_alpha:.0f}")
     if static and args.gamma != 1.0:
-        sys.exit(f"--gamma {args.gamma:g}: expected 1 with --risk static, where episodes end and their rewards are summed")
+        sys.exit(f"--gamma {args.gamma:g}: expected 1 with --risk static, where the rewards of a horizon are summed")
     if static and args.log_dataset:
         sys.exit(f"--log-dataset {args.log_dataset}: expected none with --risk static: its policy sees a budget that data lack")
     is_market = args.env_id == MARKET_ENV
@@ -471,9 +486,9 @@ if __name__ == "__main__":
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
             data = PortfolioData(panel, args.portfolio)
             longest = min(int((split.ranges[:, 1] - 1 - data.market(split).starts).max()) for split in splits.values())
-            if static and not 1 <= args.episode_length <= longest:
-                raise ValueError(f"--episode-length {args.episode_length}: expected 1 to {longest}, the bars of every split")
-            bars = 1 if risk == "iterated" else min(args.episode_length or longest, longest)  # of an outcome
+            if not 1 <= args.horizon <= longest:
+                raise ValueError(f"--horizon {args.horizon}: expected 1 to {longest}, the bars that every split has")
+            bars = 1 if risk == "iterated" else args.horizon  # of an outcome
             weights = {"log_growth": float(args.reward == "growth"), "differential_sharpe": float(args.reward == "sharpe")}
             weights |= {name: getattr(args, f"penalty_{name}") for name in ("turnover", "drawdown", "cvar", "variance")}
             env_options = dict(
@@ -485,7 +500,7 @@ if __name__ == "__main__":
         train_envs = make_envs(args, splits, env_options)
         if not isinstance(train_envs.single_action_space, gym.spaces.Box):
             raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected continuous actions")
-        horizon = args.episode_length if is_market else train_envs.spec.max_episode_steps
+        horizon = args.horizon if is_market else train_envs.spec.max_episode_steps
         if static and not horizon:
             raise ValueError(f"--env-id {args.env_id}: has no time limit; expected one with --risk static, or --risk iterated")
         if args.log_dataset:  # refuse actions that no dataset can hold
@@ -514,7 +529,7 @@ if __name__ == "__main__":
     # Start, or go on from the checkpoint
     global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
-    episode_return, recent_returns, budget_returns = np.zeros(args.num_envs), [], []
+    episode_return, recent_returns = np.zeros(args.num_envs), []
     account = Account(horizon if static else None)
     account.restart(args.num_envs, agent.budget)
     first_obs, _ = train_envs.reset(seed=args.seed)
@@ -530,7 +545,7 @@ if __name__ == "__main__":
         train_envs.unwrapped.set_state({k: v.numpy() for k, v in checkpoint["envs"].items()})
         obs[0] = checkpoint["obs"]
         episode_return, recent_returns = checkpoint["episode_return"].numpy(), checkpoint["recent_returns"]
-        budget_returns, (account.budget, account.bars) = checkpoint["budget_returns"], checkpoint["account"]
+        account.budget, account.bars, account.earned, account.outcomes = checkpoint["account"]
         best_score, best_model = checkpoint["best_score"], checkpoint["best_model"]
         first_iteration, evals_since_best = checkpoint["iteration"] + 1, checkpoint["evals_since_best"]
         global_step, train_seconds = checkpoint["global_step"], checkpoint["train_seconds"]
@@ -576,8 +591,6 @@ if __name__ == "__main__":
         history.clear()
 
     def backtest(split, policy=agent_policy, **changes):
-        """With --risk static the split's histories are cut into episodes of --episode-length bars, one after another: the
-        budget starts afresh in each, the positions are kept."""
         begin_evaluation(len(splits[split].ranges))
         return portfolio_references.run(split=splits[split], policy=policy, **{**env_options, **changes})
 
@@ -611,7 +624,7 @@ if __name__ == "__main__":
         return {f"coverage_{name}": coverage(quantiles[found], outcomes[found], level) for name, level in levels.items()}
 
     def score_of(frame):
-        """What validation maximises: the utility, or the CVaR of outcomes: of the net log growth of episodes, or of bars."""
+        """What validation maximises: the utility, or the CVaR of outcomes: of the net log growth of horizons, or of bars."""
         if risk == "neutral":
             return portfolio_references.utility(frame, risk_aversion, panel.bars_per_year)
         return portfolio_references.cvar(portfolio_references.episode_returns(frame, bars), args.cvar_alpha)
@@ -671,8 +684,7 @@ if __name__ == "__main__":
             rewards[step] = torch.as_tensor(reward)
             terminated[step] = torch.as_tensor(term)
             over = term | trunc
-            done[step] = torch.as_tensor(over)
-            account.spend(args.reward_scale * rewards[step], done[step], agent.budget)
+            done[step] = account.spend(args.reward_scale * rewards[step], torch.as_tensor(over), agent.budget)
             episode_return += reward
             if over.any():
                 ended = np.flatnonzero(over)
@@ -684,7 +696,7 @@ if __name__ == "__main__":
 
         # Advantages. A finished episode is followed by its own last observation, never by the first of the next one: its
         # quantiles are bootstrapped where the window was cut (truncation), not where the account was ruined. With a budget
-        # nothing follows the end of an episode.
+        # nothing follows the end of a horizon.
         with torch.no_grad():
             state[-1] = account.state()
             x[-1] = agent.norm(joined(obs[-1], state[-1]).to(device))
@@ -762,9 +774,9 @@ if __name__ == "__main__":
                 break
         seen = joined(obs[:-1], state[:-1]).flatten(0, 1)
         agent.norm.update(seen.to(device))  # after the update: the first ratio is exactly 1
-        if static and finished_returns:
-            budget_returns = (budget_returns + finished_returns)[-max(len(finished_returns), int(50 / args.cvar_alpha)) :]
-            agent.budget.fill_(args.reward_scale * np.quantile(budget_returns, alpha))
+        if static and account.outcomes:
+            account.outcomes = account.outcomes[-max(int(done.sum()), int(50 / args.cvar_alpha)) :]
+            agent.budget.fill_(np.quantile(account.outcomes, alpha))
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
         losses = dict(zip(names, (statistics / updates).tolist()))
         train_seconds += time.perf_counter() - tick
@@ -816,8 +828,8 @@ if __name__ == "__main__":
                 "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
                 "envs": {k: torch.as_tensor(v) for k, v in train_envs.unwrapped.get_state().items()} if is_market else None,
                 "obs": obs[-1], "episode_return": torch.as_tensor(episode_return),
-                "recent_returns": recent_returns, "budget_returns": budget_returns,
-                "account": (account.budget, account.bars), "best_score": best_score, "best_model": best_model,
+                "recent_returns": recent_returns, "account": (account.budget, account.bars, account.earned, account.outcomes),
+                "best_score": best_score, "best_model": best_model,
                 "evals_since_best": evals_since_best,
             })  # fmt: skip
         if stop_early:

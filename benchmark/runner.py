@@ -55,7 +55,7 @@ MARKETS = {
 # More runs of a script, under names of their own; not with --quick.
 VARIANTS = {
     "ppo_quantile_portfolio": (
-        ("--cvar-alpha", "0.1", "--episode-length", "20", "--exp-name", "ppo_quantile_portfolio_static"),
+        ("--cvar-alpha", "0.1", "--exp-name", "ppo_quantile_portfolio_static"),
         ("--cvar-alpha", "0.1", "--risk", "iterated", "--exp-name", "ppo_quantile_portfolio_iterated"),
     ),
 }

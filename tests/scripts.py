@@ -211,7 +211,7 @@ SCRIPTS = {
             refused=("CartPole-v1", "continuous"),
             toy=gym.spaces.Box(-1, 1, (2,), np.float32),
             toy_options=("--log-std", "0.5"),
-            kept=("envs", "obs", "account", "budget_returns"),
+            kept=("envs", "obs", "account"),
             columns=(*LEDGER[:-1], *GUARDS, "action"),
             unexplained=("costs",),
         ),

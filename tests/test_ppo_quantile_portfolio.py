@@ -17,7 +17,10 @@ from envs.ledger import growth
 pytest_plugins = ["scripts"]
 
 TAIL = "synthetic:tail:bars=300:train=4:val=2:test=3"
-STATIC = ("--market", TAIL, "--cvar-alpha", "0.25", "--episode-length", "7", "--total-timesteps", "6144")
+STATIC = (
+    "--market", TAIL, "--cvar-alpha", "0.25", "--episode-length", "10", "--horizon", "7", "--total-timesteps", "6144",
+    "--num-minibatches", "4", "--gae-lambda", "0.9",
+)  # fmt: skip
 ITERATED = (*STATIC, "--risk", "iterated", "--gamma", "0.8")
 
 
@@ -268,11 +271,13 @@ def test_an_account_is_spent_and_starts_afresh(f):
     account = f.Account(3)
     account.restart(2, 5.0)
     no, seen = torch.tensor([False, False]), [account.state().tolist()]
-    for rewards, over, budget in (
-        ([1.0, -1.0], no, 7.0), ([2.0, 0.0], torch.tensor([False, True]), 7.0), ([4.0, 1.0], no, 8.0), ([0.0, 0.0], no, 8.0),
+    for rewards, over, budget, complete in (
+        ([1.0, -1.0], no, 7.0, [False, False]), ([2.0, 0.0], torch.tensor([False, True]), 7.0, [False, True]),
+        ([4.0, 1.0], no, 8.0, [True, False]), ([0.0, 0.0], no, 8.0, [False, False]),
     ):  # fmt: skip
-        account.spend(torch.tensor(rewards), over, budget)
+        assert account.spend(torch.tensor(rewards), over, budget).tolist() == complete
         seen.append(account.state().tolist())
+    assert account.outcomes == [-1.0, 7.0] and account.earned.tolist() == [0.0, 1.0]
     third = pytest.approx(1 / 3, rel=1e-5), pytest.approx(2 / 3, rel=1e-5)
     assert seen == [
         [[5, 1], [5, 1]], [[4, third[1]], [6, third[1]]], [[2, third[0]], [7, 1]], [[8, 1], [6, third[1]]],
@@ -280,8 +285,8 @@ def test_an_account_is_spent_and_starts_afresh(f):
     ]  # fmt: skip
     nothing = f.Account(None)
     nothing.restart(2, 5.0)
-    nothing.spend(torch.tensor([1.0, 1.0]), no, 7.0)
-    assert nothing.state().shape == (2, 0)
+    assert nothing.spend(torch.tensor([1.0, 1.0]), no, 7.0) is no
+    assert nothing.state().shape == (2, 0) and nothing.outcomes == []
 
 
 def test_the_state_holds_budget_and_time_of_every_step(static):
@@ -297,16 +302,27 @@ def test_the_state_holds_budget_and_time_of_every_step(static):
         else:
             assert state[t + 1, n, 0] == pytest.approx(state[t, n, 0] - scaled[t, n], abs=1e-4)
             assert state[t + 1, n, 1] == pytest.approx(state[t, n, 1] - 1 / 7, abs=1e-6)
-    np.testing.assert_array_equal(done, np.isclose(state[:-1, :, 1], 1 / 7))
+    complete = np.isclose(state[:-1, :, 1], 1 / 7)  # all seven bars; others are cut with the episode, after ten
+    assert done[complete].all() and set(np.round(7 * state[:-1, :, 1][done & ~complete])) == {5}
     starts = state[1:][done]
     assert len(np.unique(starts[:, 0])) == 1, "one budget for all episodes that begin in a rollout"
 
 
 def test_the_budget_is_the_quantile_of_finished_returns(static):
+    """Those of the last iteration, walked again, and earlier ones up to fifty in the tail."""
     g = static
-    assert len(g["budget_returns"]) >= 200 and g["budget_returns"][-len(g["finished_returns"]) :] == g["finished_returns"]
-    expected = g["args"].reward_scale * np.quantile(g["budget_returns"], 0.25)
-    assert g["agent"].budget.item() == pytest.approx(expected, rel=1e-5)
+    outcomes, done, scaled = g["account"].outcomes, g["done"].numpy(), g["args"].reward_scale * g["rewards"].double().numpy()
+    latest = []
+    for t, n in np.argwhere(done):
+        begin = t
+        while begin > 0 and not done[begin - 1, n]:
+            begin -= 1
+        if begin > 0:  # the others began before this rollout
+            latest.append(scaled[begin : t + 1, n].sum())
+    assert len(outcomes) == max(200, done.sum()) and len(latest) > 50
+    gaps = np.abs(np.array(latest)[:, None] - np.array(outcomes[-int(done.sum()) :])[None, :]).min(axis=1)
+    assert gaps.max() < 1e-3
+    assert g["agent"].budget.item() == pytest.approx(np.quantile(outcomes, 0.25), rel=1e-5)
     assert "budget" in g["best_model"] and g["alpha"] == 0.25
 
 
@@ -463,7 +479,9 @@ def test_a_resumed_run_ends_with_the_same_bits(script, inside, options, monkeypa
     g = inside("--resume", str(calls[-1].parent))
     for name, value in whole["agent"].state_dict().items():
         assert torch.equal(g["agent"].state_dict()[name], value), name
-    assert g["budget_returns"] == whole["budget_returns"] and torch.equal(g["account"].budget, whole["account"].budget)
+    for name in ("budget", "bars", "earned"):
+        assert torch.equal(getattr(g["account"], name), getattr(whole["account"], name)), name
+    assert g["account"].outcomes == whole["account"].outcomes
     assert g["run"]["outcomes"] == whole["run"]["outcomes"]
 
 
@@ -478,13 +496,14 @@ def test_other_environments_with_a_tail(script, inside, risk, capsys):
 
 def test_static_settings_come_with_the_risk_and_flags_override(script, inside):
     small = [*script.budget, "--total-timesteps", "1024", "--market", TAIL]
-    for options, gamma in (
-        ([], 0.9), (["--cvar-alpha", "1.0"], 0.9), (["--cvar-alpha", "0.5"], 1.0), (["--cvar_alpha=0.5"], 1.0),
-        (["--cvar-alpha", "0.5", "--risk", "iterated"], 0.9), (["--gamma", "0.5"], 0.5),
+    for options, expected in (
+        (["--cvar-alpha", "1.0", "--gamma", "0.5"], (0.5, 0.9, 4)), (["--cvar_alpha=0.5"], (1.0, 1.0, 16)),
+        (["--cvar-alpha", "0.5", "--risk", "iterated"], (0.9, 0.9, 4)),
+        (["--cvar-alpha", "0.5", "--num-minibatches", "2"], (1.0, 1.0, 2)),
     ):  # fmt: skip
         args = inside(*small, *options)["args"]
-        assert args.gamma == gamma, options
-        assert (args.episode_length, args.log_std) == (10, 0.0)
+        assert (args.gamma, args.gae_lambda, args.num_minibatches) == expected, options
+        assert (args.horizon, args.log_std, args.reward_scale) == (10, 0.0, 20.0)
         assert dataclasses.asdict(args.portfolio) | {"costs": "zero", "cash": False} == dataclasses.asdict(args.portfolio)
 
 
@@ -497,10 +516,10 @@ def test_static_settings_come_with_the_risk_and_flags_override(script, inside):
         (["--anneal-alpha", "-1"], ("--anneal-alpha -1", "0 to 1")),
         (["--num-quantiles", "0"], ("--num-quantiles 0", "at least")),
         (["--cvar-alpha", "0.1", "--num-quantiles", "9"], ("--num-quantiles 9", "10")),
-        (["--cvar-alpha", "0.1", "--gamma", "0.9"], ("--gamma 0.9", "expected 1 with --risk static")),
-        (["--cvar-alpha", "0.05", "--num-quantiles", "32"], ("--num-minibatches 4", "256", "20 / --cvar-alpha")),
-        (["--cvar-alpha", "0.5", "--episode-length", "0"], ("--episode-length 0", "expected 1 to 239")),
-        (["--cvar-alpha", "0.5", "--episode-length", "240"], ("--episode-length 240", "1 to 239")),
+        (["--cvar-alpha", "0.5", "--gamma", "0.9"], ("--gamma 0.9", "expected 1 with --risk static")),
+        (["--cvar-alpha", "0.25"], ("--num-minibatches 16", "64", "20 / --cvar-alpha")),
+        (["--horizon", "0"], ("--horizon 0", "expected 1 to 239")),
+        (["--cvar-alpha", "0.5", "--horizon", "240"], ("--horizon 240", "1 to 239")),
         (["--cvar-alpha", "0.1", "--num-quantiles", "32", "--log-dataset", "logs"], ("--log-dataset logs", "--risk static")),
         (["--penalty-cvar-alpha", "0"], ("cvar_alpha=0", "fraction")),
     ],
