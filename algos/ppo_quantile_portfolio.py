@@ -5,9 +5,9 @@ The critic learns quantiles of the return from targets that exchange samples (`r
 
 --risk static: CVaR_alpha of R, the rewards of --horizon bars summed, = max over b of b - E[(b - R)+] / alpha (Rockafellar &
   Uryasev 2000). The state holds the budget, b less what has been earned, and how much of the horizon is left: for a given b the
-  best policy needs no other memory (Bauerle & Ott 2011). b follows the alpha-quantile of finished horizons. The value of a state
-  is -E[(budget - Z)+] / alpha, Z what is still to be earned by the critic's quantiles; nothing counts after a horizon's end,
-  where the next one begins. In backtests too: the account goes on, the budget starts afresh every --horizon bars.
+  best policy needs no other memory (Bauerle & Ott 2011). b follows the alpha-quantile of finished horizons. A state is worth
+  -E[(budget - Z)+] / alpha, Z what is still to be earned by the critic's quantiles; nothing counts after a horizon's end, where
+  the next one begins. In backtests too: the account goes on, the budget starts afresh every --horizon bars.
 --risk iterated: rho(s) = CVaR_alpha of r + gamma rho(s'), every bar anew (Ruszczynski 2010). The critic learns the quantiles of
   r + gamma rho(s'); VaR and rho are read off them, and an action is worth VaR - (VaR - r - gamma rho(s'))+ / alpha.
 

@@ -419,7 +419,7 @@ def test_calibration_compares_quantiles_with_what_came(script, inside, options):
         z = np.stack([agent.quantiles(x).double().numpy() for x in seen])
     r = np.stack(rewards).astype(np.float64)
     greedy = args.reward_scale * growth(g["backtest"]("val")).reshape(2, -1).T
-    assert np.abs(r - greedy).mean() > 0.05, "it does not explore"
+    assert np.abs(r - greedy).mean() > 0.01, "it does not explore"
     for market in range(2):
         for t in range(length):
             if g["static"]:
