@@ -70,10 +70,10 @@ def test_the_loss_and_its_gradient_are_those_of_all_pairs(f):
 
 
 def test_the_loss_learns_the_quantiles_of_a_skewed_distribution(f):
-    """Of an exponential one, whose quantiles swapped axes or levels would not give; on returns of a basis point as well."""
+    """Of an exponential one, whose quantiles swapped axes or levels would not give."""
     size, rng = 16, np.random.default_rng(0)
     levels = (np.arange(size) + 0.5) / size
-    for scale in (1.0, 1e-4):
+    for scale in (1.0, 1e-4):  # a basis point
         quantiles = torch.zeros((1, size), requires_grad=True)
         optimizer = torch.optim.Adam([quantiles], lr=0.05 * scale, eps=1e-12)
         for step in range(1000):
@@ -109,7 +109,7 @@ def test_targets_are_the_slow_definition(f):
 STEPS, ATOMS = 10, 32
 
 
-def learn_chain(target, rounds=500, batch=256):
+def learn_chain(target, rounds=400, batch=200):
     """(STEPS, ATOMS) quantiles of the return of a chain with N(0, 1) rewards, learnt from `target` (rewards, following)."""
     rng = torch.Generator().manual_seed(0)
     quantiles = torch.zeros((STEPS, ATOMS), requires_grad=True)
@@ -144,12 +144,15 @@ def test_quantiles_of_a_ten_step_chain(f):
         return targets
 
     levels = (np.arange(ATOMS) + 0.5) / ATOMS
-    found, shrunk = learn_chain(exchanged), learn_chain(averaged)
+    found, shrunk = learn_chain(exchanged), learn_chain(averaged, rounds=300, batch=128)
     for t in range(STEPS):
-        truth = norm.ppf(levels) * np.sqrt(STEPS - t)
-        np.testing.assert_allclose(found[t], truth, atol=0.05 * np.sqrt(STEPS - t) * 2, err_msg=f"step {t}")
+        std = np.sqrt(STEPS - t)
+        truth = norm.ppf(levels) * std
+        np.testing.assert_allclose(found[t, 1:-1], truth[1:-1], atol=0.05 * std, err_msg=f"step {t}")
+        np.testing.assert_allclose(found[t], truth, atol=0.15 * std, err_msg=f"step {t}")
         assert found[t].std() == pytest.approx(truth.std(), rel=0.05), t
-    assert shrunk[0].std() < 0.95 * found[0].std(), "the control does not fail"
+    assert shrunk[-1].std() == pytest.approx(norm.ppf(levels).std(), rel=0.05)
+    assert shrunk[0].std() < 0.85 * found[0].std(), "the control does not fail"
 
 
 # --- CVaR
