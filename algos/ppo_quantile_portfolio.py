@@ -264,7 +264,7 @@ class Agent(nn.Module):
     def __init__(self, obs_size, num_actions, log_std, num_quantiles):
         super().__init__()
         self.norm = RunningNorm(obs_size)
-        self.register_buffer("budget", torch.tensor(0.0))  # that episodes start with; part of the policy
+        self.register_buffer("budget", torch.tensor(0.0))  # that horizons start with, in scaled rewards: part of the policy
         self.critic = nn.Sequential(
             layer_init(nn.Linear(obs_size, 64)), Tanh(), layer_init(nn.Linear(64, 64)), Tanh(),
             layer_init(nn.Linear(64, num_quantiles), std=1.0),
@@ -360,14 +360,11 @@ class Account:
     """
 
     def __init__(self, horizon):
-        self.horizon, self.outcomes = horizon, []
+        self.horizon = horizon
 
     def restart(self, num_envs, budget):
-        self.budget, self.bars, self.earned = (
-            torch.full((num_envs,), float(budget)),
-            torch.zeros(num_envs),
-            torch.zeros(num_envs),
-        )
+        self.budget, self.outcomes = torch.full((num_envs,), float(budget)), []
+        self.bars, self.earned = torch.zeros(num_envs), torch.zeros(num_envs)
 
     def state(self):
         """(n, 2), or (n, 0)"""
@@ -518,7 +515,7 @@ if __name__ == "__main__":
     obs = torch.zeros((args.num_steps + 1, args.num_envs, obs_size))
     rewards = torch.zeros((args.num_steps, args.num_envs))
     terminated, done = torch.zeros_like(rewards, dtype=torch.bool), torch.zeros_like(rewards, dtype=torch.bool)
-    state = torch.zeros((args.num_steps + 1, args.num_envs, 2 * static))  # budget, and how much of the episode is left
+    state = torch.zeros((args.num_steps + 1, args.num_envs, 2 * static))  # budget, and how much of the horizon is left
     x = torch.zeros((args.num_steps + 1, args.num_envs, state_size), device=device)  # both, normalised
     actions = torch.zeros((args.num_steps, args.num_envs, num_actions), device=device)
     logprobs = torch.zeros((args.num_steps, args.num_envs), device=device)
@@ -570,44 +567,45 @@ if __name__ == "__main__":
     rows = "\n".join(f"|{key}|{value}|" for key, value in dataclasses.asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
 
-    played, history = Account(account.horizon), []  # of the latest evaluation: bar by bar what was seen, earned, and over
+    played = Account(account.horizon)  # of the latest evaluation
 
-    def mean_action(observation):
-        with torch.no_grad():
-            history.append([agent.norm(joined(torch.as_tensor(observation), played.state()).to(device))])
-            return agent.actor(history[-1][0]).cpu()
+    def see(observation):
+        return agent.norm(joined(torch.as_tensor(observation), played.state()).to(device))
 
     def agent_policy(observation, *_):
-        return mean_action(observation).numpy().clip(lowest, highest)
+        with torch.no_grad():
+            return agent.actor(see(observation)).cpu().numpy().clip(lowest, highest)
 
-    def after(reward, over):
-        history[-1] += [args.reward_scale * torch.as_tensor(reward, dtype=torch.float32).clone(), torch.as_tensor(over).clone()]
-        played.spend(*history[-1][1:], agent.budget)
+    def spend(reward, over):
+        played.spend(args.reward_scale * torch.as_tensor(reward, dtype=torch.float32), torch.as_tensor(over), agent.budget)
 
-    agent_policy.after = after  # called by the backtest after each bar
-
-    def begin_evaluation(num_envs):
-        played.restart(num_envs, agent.budget)
-        history.clear()
+    agent_policy.after = spend  # called by the backtest after each bar
 
     def backtest(split, policy=agent_policy, **changes):
-        begin_evaluation(len(splits[split].ranges))
+        played.restart(len(splits[split].ranges), agent.budget)
         return portfolio_references.run(split=splits[split], policy=policy, **{**env_options, **changes})
 
     def calibration():
         """Coverage of the critic's quantiles on the validation split, by outcomes of the agent as it explores, which is whom
         the critic knows. Its random numbers are their own. The outcome of the last bars of a history is not known."""
-        noise = torch.Generator().manual_seed(args.seed)
+        noise, found, earned, ended = torch.Generator().manual_seed(args.seed), [], [], []
 
         def exploring_policy(observation, *_):
-            mean, std = mean_action(observation), agent.log_std.detach().exp().cpu()
-            return (mean + std * torch.randn(mean.shape, generator=noise)).numpy().clip(lowest, highest)
+            with torch.no_grad():
+                seen = see(observation)
+                found.append(agent.quantiles(seen))
+                mean = agent.actor(seen).cpu()
+                action = mean + agent.log_std.cpu().exp() * torch.randn(mean.shape, generator=noise)
+            return action.numpy().clip(lowest, highest)
 
-        exploring_policy.after = after
+        def note(reward, over):
+            earned.append(args.reward_scale * torch.as_tensor(reward, device=device))
+            ended.append(torch.as_tensor(over, device=device))
+            spend(reward, over)
+
+        exploring_policy.after = note
         backtest("val", exploring_policy)
-        seen, rewards, over = (torch.stack(part).to(device) for part in zip(*history))
-        with torch.no_grad():
-            quantiles = agent.quantiles(seen.flatten(0, 1)).view(*rewards.shape, -1)
+        quantiles, rewards, over = torch.stack(found), torch.stack(earned), torch.stack(ended)
         length, bar = over.int().argmax(dim=0) + 1, torch.arange(len(over), device=device).unsqueeze(1)
         outcomes = rewards * (bar < length)
         if risk == "iterated":
@@ -619,9 +617,8 @@ if __name__ == "__main__":
                     outcomes[t] += args.gamma * outcomes[t + 1]
             fades = np.log(0.01) / np.log(args.gamma) if 0.0 < args.gamma < 1.0 else np.inf * args.gamma  # to a hundredth
             known = length // bars * bars if static else length - min(np.ceil(fades), len(over))
-        found = bar < known
-        levels = {"05": 0.05, "50": 0.5, "95": 0.95}
-        return {f"coverage_{name}": coverage(quantiles[found], outcomes[found], level) for name, level in levels.items()}
+        quantiles, outcomes, levels = quantiles[bar < known], outcomes[bar < known], {"05": 0.05, "50": 0.5, "95": 0.95}
+        return {f"coverage_{name}": coverage(quantiles, outcomes, level) for name, level in levels.items()}
 
     def score_of(frame):
         """What validation maximises: the utility, or the CVaR of outcomes: of the net log growth of horizons, or of bars."""
@@ -899,12 +896,12 @@ if __name__ == "__main__":
     else:
         print(f"\nmean return of the last {len(recent_returns)} episodes of training: {latest}")
         obs_now, _ = train_envs.reset(seed=args.seed + 10_000)  # episodes that training never saw, without exploration
-        begin_evaluation(args.num_envs)
+        played.restart(args.num_envs, agent.budget)
         returns, episode_return[:] = [], 0.0
         while len(returns) < args.eval_episodes:
             action = agent_policy(obs_now.astype(np.float32).reshape(args.num_envs, -1))
             obs_now, reward, term, trunc, _ = train_envs.step(action.reshape(train_envs.action_space.shape))
-            after(reward, term | trunc)
+            spend(reward, term | trunc)
             episode_return += reward
             returns.extend(episode_return[term | trunc].tolist())
             episode_return[term | trunc] = 0.0

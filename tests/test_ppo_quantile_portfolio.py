@@ -407,21 +407,32 @@ def test_outcomes_are_those_of_the_ledgers(script, inside, capsys, options, bars
 
 
 @pytest.mark.parametrize("options", [STATIC, ITERATED, (*ITERATED, "--cvar-alpha", "1")])
-def test_calibration_compares_quantiles_with_what_came(script, inside, options):
-    """By the slow definition, from the observations and rewards of a backtest of the agent as it explores. Bars whose outcome
-    is not over at the end of the history do not count."""
+def test_calibration_compares_quantiles_with_what_came(script, inside, options, monkeypatch):
+    """By the slow definition, from what the exploring agent saw and earned in its backtest. Bars whose outcome is not over at
+    the end of the history do not count."""
     g = inside(*script.budget, "--num-quantiles", "8", *options)
-    args, agent, alpha = g["args"], g["agent"], g["args"].cvar_alpha
+    args, agent, alpha, seen, rewards = g["args"], g["agent"], g["args"].cvar_alpha, [], []
+    see, run = g["see"], portfolio_references.run
+
+    def watched(*parts, policy, **more):
+        def after(reward, over, note=policy.after):
+            rewards.append(args.reward_scale * reward.astype(np.float64))
+            note(reward, over)
+
+        policy.after = after
+        return run(*parts, policy=policy, **more)
+
+    monkeypatch.setattr(portfolio_references, "run", watched)
+    monkeypatch.setitem(g["calibration"].__globals__, "see", lambda observation: seen.append(see(observation)) or seen[-1])
     before, shares, after = torch.get_rng_state(), g["calibration"](), torch.get_rng_state()
-    seen, rewards, over = zip(*g["history"])
     assert shares == g["run"]["calibration"] and set(shares) == {"coverage_05", "coverage_50", "coverage_95"}
     assert torch.equal(before, after), "training would notice"
     length, below = 239, {0.05: [], 0.5: [], 0.95: []}
-    assert len(rewards) == length and over[-1].all() and not torch.stack(over[:-1]).any()
+    r = np.stack(rewards)
+    assert r.shape == (length, 2) == (len(seen), 2)
     with torch.no_grad():
         z = np.stack([agent.quantiles(x).double().numpy() for x in seen])
-    r = np.stack(rewards).astype(np.float64)
-    greedy = args.reward_scale * growth(g["backtest"]("val")).reshape(2, -1).T
+    greedy = args.reward_scale * growth(g["frames"]["val"]).reshape(2, -1).T
     assert np.abs(r - greedy).mean() > 0.01, "it does not explore"
     for market in range(2):
         for t in range(length):
@@ -444,20 +455,24 @@ def test_calibration_compares_quantiles_with_what_came(script, inside, options):
         assert shares[f"coverage_{100 * level:02.0f}"] == pytest.approx(np.mean(found), abs=2 / len(found)), level
 
 
-def test_a_static_agent_is_judged_with_the_budget_it_was_trained_with(static):
-    """On every window of a backtest the account starts with the model's budget and is spent by what the market paid."""
-    g = static
-    g["backtest"]("test")
-    budget, account = g["agent"].budget.item(), []
-    norm_ = g["agent"].norm
-    for seen, _, _ in g["history"]:
-        account.append((seen[:, -2:].double() / (norm_.var[-2:] + 1e-8).rsqrt() + norm_.mean[-2:]).numpy())
-    rewards = np.stack([r for _, r, _ in g["history"]])
-    for t in range(len(account)):
+def test_a_static_agent_is_judged_with_the_budget_it_was_trained_with(static, monkeypatch):
+    """In every horizon of a backtest the account starts with the model's budget and is spent by what the market paid."""
+    g, states, state = static, [], type(static["played"]).state
+    monkeypatch.setattr(type(g["played"]), "state", lambda account: states.append(state(account)) or states[-1])
+    frame = g["backtest"]("test")
+    budget, earned = g["agent"].budget.item(), g["args"].reward_scale * growth(frame).reshape(3, -1).T
+    assert len(states) == len(earned)
+    for t, state in enumerate(states):
         start = t - t % 7
-        expected = budget - rewards[start:t].sum(axis=0)
-        np.testing.assert_allclose(account[t][:, 1], 1 - (t % 7) / 7, atol=1e-4)
-        np.testing.assert_allclose(account[t][:, 0], expected, atol=5e-3)
+        np.testing.assert_allclose(state[:, 1], 1 - (t % 7) / 7, atol=1e-6)
+        np.testing.assert_allclose(state[:, 0], budget - earned[start:t].sum(axis=0), atol=1e-4)
+
+
+def test_actor_and_critic_are_clipped_apart(script, inside):
+    g = inside(*script.short, "--max-grad-norm", "1e-3", "--total-timesteps", "1024")
+    agent = g["agent"]
+    for part in ([*agent.actor.parameters(), agent.log_std], [*agent.critic.parameters()]):
+        assert float(torch.stack([p.grad.norm() for p in part]).norm()) == pytest.approx(1e-3, rel=1e-2)
 
 
 # --- resume, other environments, what goes wrong
