@@ -106,6 +106,14 @@ def test_targets_are_the_slow_definition(f):
     assert {0, 1, 2, 3} <= lengths
 
 
+def test_samples_are_kept_with_the_probability_lambda(script, f, inside):
+    g = inside(*script.short, "--gae-lambda", "0.8", "--total-timesteps", "1024", "--episode-length", "9")
+    assert g["keep"].float().mean() == pytest.approx(0.8, abs=4 * 0.4 / np.sqrt(g["keep"].numel()))
+    scaled = g["args"].reward_scale * g["rewards"]
+    expected = f.replaced(scaled, g["next_quantiles"], g["done"], g["args"].gamma, g["keep"]).sort(dim=2).values
+    assert torch.equal(g["targets"], expected) and g["done"].any()
+
+
 STEPS, ATOMS = 10, 32
 
 
