@@ -133,8 +133,9 @@ class Args:
     (CVaR of every bar's reward and what follows, nested)"""
     horizon: int = 20
     """bars of an outcome, one after another, in static CVaR and in the report (with --env-id: a whole episode)"""
-    anneal_alpha: float = 0.5
-    """share of the training over which the level falls from 1 to --cvar-alpha"""
+    anneal_alpha: float = 0.0
+    """share of the training over which the level falls from 1 to --cvar-alpha; not where the best mean is a corner of the
+    constraints, which a policy that has come there hardly leaves"""
     num_quantiles: int = 32
     """quantiles that the critic learns, at the levels (i + 0.5) / this"""
     total_timesteps: int = 8_000_000
@@ -204,9 +205,10 @@ CLASSIC_CONTROL = dict(
 )  # fmt: skip
 
 
-# What changes for --risk static: rewards are summed over a horizon short enough to do without bootstrapping inside it, and
-# the critic follows a target that moves with the budget in more and smaller steps.
-STATIC = dict(gamma=1.0, gae_lambda=1.0, num_minibatches=16)
+# What changes for --cvar-alpha below 1: the critic, whose tail is the objective, takes more and smaller steps; and for
+# --risk static: rewards are summed over a horizon short enough to do without bootstrapping inside it.
+AVERSE = dict(num_minibatches=16)
+STATIC = dict(gamma=1.0, gae_lambda=1.0)
 
 
 class RunningNorm(nn.Module):
@@ -413,8 +415,8 @@ if __name__ == "__main__":
     chosen, _ = first.parse_known_args()
     settings = next((settings for market, settings in KNOWN.items() if chosen.market.startswith(market)), {})
     settings = CLASSIC_CONTROL if chosen.env_id != MARKET_ENV else settings
-    if chosen.risk == "static" and chosen.cvar_alpha not in ("1", "1.0"):
-        settings = settings | STATIC
+    if chosen.cvar_alpha not in ("1", "1.0"):
+        settings = settings | AVERSE | (STATIC if chosen.risk == "static" else {})
     args = tyro.cli(Args, default=dataclasses.replace(Args(), **settings), config=(tyro.conf.OmitArgPrefixes,))
     checkpoint = None
     if args.resume:
