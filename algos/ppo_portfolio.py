@@ -169,6 +169,7 @@ KNOWN = {
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5),
         gamma=0.0, log_std=0.0,
     ),
+    "synthetic:tail": dict(portfolio=PortfolioConfig(costs="zero", cash=False), log_std=0.0),
 }  # fmt: skip
 
 # What changes for --env-id: the settings of rl-zoo for Pendulum-v1.

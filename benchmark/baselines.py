@@ -106,6 +106,7 @@ KNOWN = {
     "synthetic:merton": dict(
         portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5)
     ),
+    "synthetic:tail": dict(portfolio=PortfolioConfig(costs="zero", cash=False)),
 }  # fmt: skip
 NAMES = "baselines:\n" + "\n".join(f"  {name}: {rule.__doc__.splitlines()[0]}" for name, rule in RULES.items())
 

@@ -438,7 +438,8 @@ RULES: dict[str, Callable[[Setting], np.ndarray]] = {
 
 
 def applicable(s: Setting) -> list[str]:
-    """The rules that make sense on a panel: lead-lag and ranks need some symbols, oracles the truth, plan a file."""
+    """The rules that make sense on a panel: lead-lag and ranks need some symbols, optimisers symbols that all vary, oracles the
+    truth, plan a file."""
     leave = {"plan"} if s.config.plan is None else set()
     truth = set(s.panel.hidden)
     if not {"regime", "expected_return"} <= truth:
@@ -447,4 +448,6 @@ def applicable(s: Setting) -> list[str]:
         leave |= {"closed-form"}
     if s.panel.num_symbols < LeadLagConfig().min_symbols:
         leave |= {name for name in RULES if name.startswith(("lead-lag", "momentum", "top-k"))}
+    if (np.ptp(np.delete(log_returns(s.panel), s.panel.segments, axis=0), axis=0) < 1e-12).any():
+        leave |= {"mean-variance", "min-variance", "risk-parity", "hrp"}
     return [name for name in RULES if name not in leave]

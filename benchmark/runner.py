@@ -49,8 +49,15 @@ DATASETS, DATASET = "datasets", "dataset.hdf5"
 REAL = "sp500"
 MARKETS = {
     "leadlag": ("synthetic:leadlag", REAL),
-    "portfolio": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton"),
+    "portfolio": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton", "synthetic:tail"),
     "diffmarket": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton"),
+}
+# More runs of a script, under names of their own; not with --quick.
+VARIANTS = {
+    "ppo_quantile_portfolio": (
+        ("--cvar-alpha", "0.1", "--exp-name", "ppo_quantile_portfolio_static"),
+        ("--cvar-alpha", "0.1", "--risk", "iterated", "--exp-name", "ppo_quantile_portfolio_iterated"),
+    ),
 }
 OFFLINE_MARKETS = ("synthetic:garleanu-pedersen", "synthetic:leadlag", REAL)  # --quick: the first
 # What is collected on a market, by the beginning of its name; any other is long only, as the online script trades it there.
@@ -85,6 +92,7 @@ OWN_COSTS = (
     "synthetic:garleanu-pedersen",
     "synthetic:merton",
     "synthetic:black-scholes",
+    "synthetic:tail",
 )  # their closed form holds for the costs that scripts set there
 LOG_LINES = 25
 
@@ -247,7 +255,8 @@ def plan(args: Args) -> list[Job]:
 
 
 def online_jobs(script: str, market: str, terms: tuple[str, ...], args: Args) -> list[Job]:
-    return [Job(script, market, seed, (*terms, *steps_of(args))) for seed in args.seeds]
+    variants = [(), *(() if args.quick else VARIANTS.get(script, ()))]
+    return [Job(script, market, seed, (*terms, *steps_of(args), *variant)) for variant in variants for seed in args.seeds]
 
 
 def offline_jobs(script: str, market: str, terms: tuple[str, ...], args: Args) -> list[Job]:

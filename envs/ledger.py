@@ -26,6 +26,7 @@ from envs.panel import Panel, Split
 from envs.vector import MarketVectorEnv
 
 LEDGER = ("split", "market", "timestamp", *RECORD, "action")
+SAME = 1e-12  # returns per bar that differ by less do not vary: rounding
 PACKAGES = ("torch", "numpy", "numba", "gymnasium", "pandas", "tyro")
 
 # policy(observations (n, D), action masks (n, A) or None, rows of the panel (n,)) -> actions (n, ...)
@@ -38,6 +39,8 @@ def backtest(envs: MarketVectorEnv, policy: Policy, panel: Panel, split: Split) 
     `envs` must hold one market per range, made with random_start=False and episode_length=0. A market that is
     ruined stays in the ledger to the end of its range, flat and without return. Timestamps are those of the marks. `action` is
     what the policy chose, or, where actions are scores, the weights that the environment made of them and ordered.
+    A policy that keeps account of what it earns has an attribute `after`, called after each bar with the rewards (n,) and
+    whether each market's range is over (n,).
     """
     ranges = len(split.ranges)
     if envs.num_envs != ranges:
@@ -51,7 +54,9 @@ def backtest(envs: MarketVectorEnv, policy: Policy, panel: Panel, split: Split) 
     alive = np.ones(ranges, bool)
     for t in range(steps.max()):
         action = policy(obs, infos.get("action_mask"), infos["row"])
-        obs, _, terminated, truncated, infos = envs.step(action)
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        if hasattr(policy, "after"):
+            policy.after(reward, terminated | truncated)
         records[t, alive] = infos["record"][alive]
         records[t, ~alive, EQUITY] = records[t - 1, ~alive, EQUITY]
         for c, name in enumerate(envs.ledger_columns):
@@ -137,7 +142,7 @@ def summarise(ledger: pd.DataFrame, bars_per_year: float, resamples: int = 1000,
 
 def sharpe_interval(returns, market, bars_per_year: float, resamples: int, seed: int) -> tuple[float, float, str]:
     """95% interval of the Sharpe ratio, as `interval` draws it; NaN where returns do not vary."""
-    if len(returns) < 20 or np.ptp(returns) == 0.0:
+    if len(returns) < 20 or np.ptp(returns) < SAME:
         return float("nan"), float("nan"), "returns do not vary"
     return interval(
         returns, market, lambda n, s, q: s / n / np.sqrt((q - s * s / n) / (n - 1)) * np.sqrt(bars_per_year), resamples, seed
@@ -196,7 +201,7 @@ def quantile_levels(units: int | None = None) -> tuple[float, float]:
 
 def sharpe(returns: np.ndarray, bars_per_year: float) -> float:
     """Annualised Sharpe ratio of returns per bar; 0 where they do not vary."""
-    if len(returns) < 2 or np.ptp(returns) == 0.0:
+    if len(returns) < 2 or np.ptp(returns) < SAME:
         return 0.0
     return float(returns.mean() / returns.std(ddof=1) * np.sqrt(bars_per_year))
 

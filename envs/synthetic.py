@@ -259,8 +259,50 @@ class BlackScholes(Histories):
         return np.zeros((self.bars, 1)), returns, hidden, {"moneyness": moneyness[:, None], "maturity": left[:, None]}
 
 
+@dataclass(frozen=True)
+class Tail(Histories):
+    """S00 earns more on average and crashes now and then; S01 earns less, the same in every bar, and never crashes.
+
+    Log returns of a bar: S00 `gain` plus noise of standard deviation `vol`, and -`crash` more in the share `probability` of the
+    bars, which nothing foretells; S01 `steady`. Whoever maximises the mean holds S00, whoever maximises the conditional value
+    at risk of a small enough share of bars or episodes holds S01: `portfolio_references.tail_flip` says from which share on.
+    """
+
+    assets: int = 2
+    train: int = 20
+    gain: float = 0.01
+    vol: float = 0.002
+    crash: float = 0.11
+    probability: float = 0.02
+    steady: float = 0.003
+
+    def __post_init__(self):
+        Histories.__post_init__(self)
+        if self.assets != 2:
+            raise ValueError(f"synthetic market: assets={self.assets}: expected 2, one that crashes and one that does not")
+        for key in ("gain", "vol", "crash", "probability", "steady"):
+            if not 0 < getattr(self, key) < 1:
+                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected a number between 0 and 1")
+        if not self.gain - self.probability * self.crash > self.steady:
+            raise ValueError(
+                f"synthetic market: steady={self.steady}: expected less than gain - probability * crash = "
+                f"{self.gain - self.probability * self.crash:g}, so that the mean prefers the symbol that crashes"
+            )
+
+    def draw(self, rng: np.random.Generator):
+        crashed = rng.random(self.bars) < self.probability
+        risky = self.gain + self.vol * rng.standard_normal(self.bars) - self.crash * crashed
+        returns = np.column_stack([risky, np.full(self.bars, self.steady)])
+        truth = {
+            "calm_growth": (self.gain, self.steady), "volatility": (self.vol, 0.0), "crash": (self.crash, 0.0),
+            "crash_probability": (self.probability, 0.0),
+        }  # fmt: skip
+        return np.zeros(returns.shape), returns, {key: np.tile(value, (self.bars, 1)) for key, value in truth.items()}, {}
+
+
 MARKETS = {
     "leadlag": LeadLag, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton, "black-scholes": BlackScholes,
+    "tail": Tail,
 }  # fmt: skip
 
 

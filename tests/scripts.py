@@ -80,6 +80,25 @@ class Script:
         return load_costs(self.costs)
 
 
+def squared_error(g) -> float:
+    """The value loss of the last minibatch, of the variables of a run: half the mean squared error."""
+    target = g["returns"].flatten()[g["index"]].double().numpy()
+    return 0.5 * float(np.square(g["new_value"].detach().double().numpy() - target).mean())
+
+
+def pinball(quantiles: np.ndarray, targets: np.ndarray) -> float:
+    """Quantile regression loss of (n, N) quantiles on (n, M) targets, all pairs: sum over quantiles, mean over the rest."""
+    levels = (np.arange(quantiles.shape[1]) + 0.5) / quantiles.shape[1]
+    delta = targets[:, None, :] - quantiles[:, :, None]  # (batch, current, target)
+    return float((np.abs(levels[:, None] - (delta < 0)) * np.abs(delta)).mean(axis=2).sum(axis=1).mean())
+
+
+def quantile_error(g) -> float:
+    """The same of a quantile critic."""
+    targets = g["targets"].flatten(0, 1)[g["index"]]
+    return pinball(g["new_quantiles"].detach().double().numpy(), targets.double().numpy())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOScript(Script):
     """With what the tests of PPO's arithmetic need to know."""
@@ -90,6 +109,7 @@ class PPOScript(Script):
     refused: tuple[str, str] = ()  # a Gymnasium id with actions of the wrong kind; what it expected
     toy: gym.spaces.Space = None  # actions of the Toy below
     toy_options: tuple[str, ...] = ()
+    value_loss: Callable = squared_error  # the variables of a run -> the value loss of its last minibatch, by its definition
     sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")
     losses: tuple[str, ...] = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
     kept: tuple[str, ...] = ("envs", "obs")
@@ -166,6 +186,32 @@ SCRIPTS = {
             refused=("CartPole-v1", "continuous"),
             toy=gym.spaces.Box(-1, 1, (2,), np.float32),
             toy_options=("--log-std", "0.5"),
+            columns=(*LEDGER[:-1], *GUARDS, "action"),
+            unexplained=("costs",),
+        ),
+        PPOScript(
+            name="ppo_quantile_portfolio",
+            env_id="Portfolio-v0",
+            market="synthetic:garleanu-pedersen:bars=300:train=2:val=1:test=2",
+            own=("--gross", "2", "--asset-cap", "0.8", "--guard-turnover", "0.06", "--num-quantiles", "8"),
+            given={
+                "portfolio": {"gross": 2.0, "asset_cap": 0.8, "orders": "change"}, "guard": {"guard_turnover": 0.06},
+                "num_envs": 64, "num_steps": 16, "num_quantiles": 8, "cvar_alpha": 1.0,
+            },
+            score="utility",
+            others=("equal weight", "closed form", "without guard"),
+            costs="zero:quadratic_impact_bps=75",
+            make_envs=lambda g: g["make_envs"](g["args"], g["splits"], g["env_options"]),
+            make_agent=lambda module, saved: module.Agent(
+                len(saved["model"]["norm.mean"]), len(saved["model"]["log_std"]), 0.0, len(saved["model"]["critic.4.bias"])
+            ),
+            value_loss=quantile_error,
+            twist=("--log-std", "1"),
+            classic=("Pendulum-v1", -2000, -700),
+            refused=("CartPole-v1", "continuous"),
+            toy=gym.spaces.Box(-1, 1, (2,), np.float32),
+            toy_options=("--log-std", "0.5"),
+            kept=("envs", "obs", "account"),
             columns=(*LEDGER[:-1], *GUARDS, "action"),
             unexplained=("costs",),
         ),

@@ -376,6 +376,14 @@ def test_closed_form_is_that_of_the_references_under_its_own_costs(market):
     assert baselines.parse([]).portfolio.costs == "institutional"
 
 
+def test_optimisers_are_left_out_where_a_symbol_never_varies():
+    s = baselines.load(baselines.parse(["--market", "synthetic:tail:bars=300:train=2:val=1:test=2"]))
+    fitted = {"mean-variance", "min-variance", "risk-parity", "hrp"}
+    assert s.data.costs.name == "zero" and not s.data.config.cash and not fitted & set(rules.applicable(s))
+    moving = baselines.load(baselines.parse(["--market", "synthetic:noise:bars=300:train=2:val=1:test=2"]))
+    assert fitted <= set(rules.applicable(moving))
+
+
 def write_plan(path, *rows, header="timestamp,symbol,weight"):
     path.write_text("\n".join([header, *rows]) + "\n")
     return str(path)

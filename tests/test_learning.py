@@ -8,12 +8,13 @@ import pytest
 from conftest import DATA, run_python
 from scripts import SCRIPTS, actions_of
 
-from envs import references
+from envs import portfolio_references, references
 from envs.leadlag_tables import LeadLagData
 from envs.ledger import growth
 from envs.synthetic import load_market
 
-LEADLAG, PORTFOLIO, DIFFMARKET = "ppo_leadlag", "ppo_portfolio", "grpo_diffmarket"
+LEADLAG, PORTFOLIO, DIFFMARKET, QUANTILE = "ppo_leadlag", "ppo_portfolio", "grpo_diffmarket", "ppo_quantile_portfolio"
+TAIL = ("--market", "synthetic:tail", "--total-timesteps", "4000000")
 SMALL_BUDGET = ("--total-timesteps", "65536", "--num-envs", "256", "--num-steps", "16", "--eval-every", "4")
 SECONDS = 3600
 
@@ -66,6 +67,41 @@ def test_holds_the_merton_fraction(tmp_path, seed):
     exposure = train(PORTFOLIO, tmp_path, "--market", "synthetic:merton", "--seed", str(seed))["mean_net_exposure"]
     assert exposure["closed form"] == pytest.approx(0.6, rel=0.01)
     assert exposure["agent"] == pytest.approx(0.6, rel=0.10)
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_the_mean_of_quantiles_is_as_good_a_baseline(tmp_path, seed):
+    run = train(QUANTILE, tmp_path, "--market", "synthetic:garleanu-pedersen", "--seed", str(seed))
+    assert run["utility_share"] >= 0.90
+
+
+@pytest.mark.parametrize("form", [("--risk", "iterated"), ("--horizon", "1")])
+def test_the_choice_flips_at_the_computed_level(tmp_path, form):
+    """Of one bar, where both forms have the same answer: a quarter below that level no crash is risked, a quarter above all."""
+    flip = portfolio_references.tail_flip(load_market("synthetic:tail", 1), 1)
+    held = {}
+    for factor in (0.8, 1.25):
+        options = [*TAIL, *form, "--cvar-alpha", f"{factor * flip:.3f}"]
+        held[factor] = train(QUANTILE, tmp_path / str(factor), *options)["tail"]
+    assert all(tail["flip"] == pytest.approx(flip) for tail in held.values())
+    assert held[0.8]["crashing_weight"] < 0.2 and held[1.25]["crashing_weight"] > 0.8
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_the_tail_is_better_than_of_an_agent_that_maximises_the_mean(tmp_path, seed):
+    """CVaR at a tenth of ten bars' growth, on test histories; what it costs in the mean is printed. Held are the bounds of the
+    market: steady growth is 3%, the crashing symbol's mean 7.8%."""
+    found = {}
+    for script, more in ((PORTFOLIO, ()), (QUANTILE, ("--cvar-alpha", "0.1"))):
+        train(script, tmp_path / script, *TAIL, "--seed", str(seed), *more)
+        (folder,) = (tmp_path / script).iterdir()
+        test = pd.read_parquet(folder / "ledger.parquet").query("split == 'test'")
+        growths = portfolio_references.episode_returns(test, 10)
+        found[script] = portfolio_references.cvar(growths, 0.1), growths.mean()
+    (plain, mean), (averse, steady) = found[PORTFOLIO], found[QUANTILE]
+    print(f"seed {seed}: CVaR {averse:.2%} instead of {plain:.2%}, at a price of {mean - steady:.2%} in the mean of {mean:.2%}")
+    assert plain < -0.02 and averse > 0.027
+    assert mean > 0.07 and steady > 0.027
 
 
 @pytest.mark.parametrize("seed", range(1, 6))

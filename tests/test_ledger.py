@@ -186,6 +186,25 @@ def test_backtest_equals_stepping_by_hand(small_data, kind):
     assert found["action"].nunique() > 3
 
 
+def test_a_policy_that_keeps_account_is_told_of_every_bar(small_data):
+    """What the market paid, and where a range is over: after each bar, in order."""
+    split = small_data.panel.split()["train"]
+    told = []
+
+    def policy(obs, mask, rows):
+        told.append("asked")
+        return np.argmax(mask, axis=1)
+
+    policy.after = lambda reward, over: told.append((reward.copy(), over.copy()))
+    frame = ledger.backtest(backtester(small_data, split), policy, small_data.panel, split)
+    assert told[::2] == ["asked"] * (len(told) // 2)
+    rewards, over = (np.stack(part) for part in zip(*told[1::2]))
+    lengths = frame.groupby("market").size().to_numpy()
+    np.testing.assert_array_equal(over.argmax(axis=0) + 1, lengths)
+    for market, part in frame.groupby("market"):
+        np.testing.assert_allclose(rewards[: lengths[market], market], ledger.growth(part), atol=1e-6)
+
+
 def test_ranges_of_different_lengths_are_complete(small_data):
     panel = small_data.panel
     (a, b), (c, d) = panel.split()["test"].ranges

@@ -29,7 +29,17 @@ from envs import ledger
 from envs.costs import EQUITY, GROSS_RETURN, INTEREST, NET_RETURN, RECORD, RUIN, TURNOVER
 from envs.panel import Panel, PanelError, Split
 from envs.portfolio import COMPONENTS, DSR_BARS, DSR_RATE, GUARDS, RATE, PortfolioVectorEnv, RegimeGuard
-from envs.portfolio_references import closed_form, references, run, trading_rate, utility
+from envs.portfolio_references import (
+    closed_form,
+    cvar,
+    episode_returns,
+    references,
+    run,
+    tail_cvar,
+    tail_flip,
+    trading_rate,
+    utility,
+)
 from envs.portfolio_tables import PORTFOLIO, WARMUP, PortfolioConfig, PortfolioData, held_overnight, load_groups
 from envs.projection import project
 from envs.synthetic import make_panel
@@ -605,6 +615,63 @@ def test_merton_fraction():
     found = closed_form(data, np.array([WARMUP]), 2.0)
     years = panel.bar_years[100]
     assert found[100, 0] == pytest.approx((0.004 - 0.1 * years) / (2 * 0.05**2))
+
+
+@pytest.fixture(scope="module")
+def tail_panel():
+    return make_panel("synthetic:tail:bars=3000:train=60:val=1:test=40", 2)
+
+
+@pytest.mark.parametrize("bars", [1, 10])
+def test_cvar_of_the_tail_market_is_that_of_many_windows(tail_panel, bars):
+    """Of both symbols, at levels of which crashes are a part, nearly all, and more than all."""
+    data = PortfolioData(tail_panel, PortfolioConfig("zero", cash=False))
+    split = tail_panel.split()["train"]
+    market = data.market(split)
+    for symbol in (0, 1):
+        targets = np.tile(np.eye(2)[symbol], (tail_panel.num_bars, 1))
+        frame = ledger.backtest_weights(tail_panel, data.execution, market.rates, split, targets, market.starts)
+        windows = episode_returns(frame, bars)
+        assert len(windows) == 60 * ((3000 - WARMUP - 1) // bars)
+        for alpha in (0.01, 0.03, 0.1, 0.25, 0.6, 1.0):
+            truth, found = tail_cvar(tail_panel, symbol, alpha, bars), cvar(windows, alpha)
+            error = np.sort(windows)[: int(alpha * len(windows))].std() / np.sqrt(alpha * len(windows)) + 0.11 * np.sqrt(
+                0.02 * bars / len(windows)
+            ) / alpha * (symbol == 0)  # of the tail's mean, and of the share of crashes in it
+            assert abs(found - truth) < 4 * error + 1e-12, (symbol, alpha)
+    assert tail_cvar(tail_panel, 0, 1.0, bars) == pytest.approx(bars * (0.01 - 0.02 * 0.11))
+    assert tail_cvar(tail_panel, 1, 0.3, bars) == pytest.approx(bars * 0.003)
+
+
+@pytest.mark.parametrize("bars", [1, 10])
+def test_the_choice_flips_at_the_computed_level(tail_panel, bars):
+    flip = tail_flip(tail_panel, bars)
+    assert 0.2 < flip < 0.6
+    assert tail_cvar(tail_panel, 0, flip, bars) == pytest.approx(bars * 0.003, abs=1e-9)
+    data, split = PortfolioData(tail_panel, PortfolioConfig("zero", cash=False)), tail_panel.split()["test"]
+    for factor, symbol in ((0.97, 1), (1.03, 0)):
+        found = references(data, split, 1.0, factor * flip, bars)
+        name = "closed form" if bars == 1 else "best constant"
+        assert list(found) == ["equal weight", name, "mean-optimal"]
+        for key, held in ((name, symbol), ("mean-optimal", 0)):
+            earned = np.log1p(found[key]["net_return"])
+            alone = [np.diff(np.log(tail_panel.close[a + WARMUP : b, held])) for a, b in split.ranges]
+            np.testing.assert_allclose(earned, np.concatenate(alone), atol=1e-9)
+    assert list(references(data, split, 1.0)) == ["equal weight", "closed form"]
+    np.testing.assert_array_equal(
+        references(data, split, 1.0)["closed form"]["net_return"], found["mean-optimal"]["net_return"]
+    )
+
+
+def test_no_mix_beats_the_better_symbol_away_from_the_flip(tail_panel):
+    """One bar: the CVaR of the log growth of every mix, by a million draws."""
+    rng, flip = np.random.default_rng(0), tail_flip(tail_panel, 1)
+    shocks = 0.01 + 0.002 * rng.standard_normal(1_000_000) - 0.11 * (rng.random(1_000_000) < 0.02)
+    weights = np.linspace(0, 1, 5)
+    mixes = [np.sort(np.log(w * np.exp(shocks) + (1 - w) * np.exp(0.003))) for w in weights]
+    for factor, best in ((0.5, 0.0), (0.9, 0.0), (1.1, 1.0), (2.0, 1.0)):
+        tails = [mix[: int(factor * flip * len(mix))].mean() for mix in mixes]
+        assert weights[int(np.argmax(tails))] == best, factor
 
 
 def test_series_after_the_first_publication_only(tmp_path):

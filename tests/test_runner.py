@@ -306,7 +306,8 @@ def told(job) -> str:
 
 TERMS = "--costs institutional --fill auto"
 DRAWN = ("synthetic:noise", "shuffled:sp500", "bootstrap:sp500", "crossed:sp500")
-GP, MERTON = "synthetic:garleanu-pedersen", "synthetic:merton"
+GP, MERTON, TAIL = "synthetic:garleanu-pedersen", "synthetic:merton", "synthetic:tail"
+OWN = (GP, MERTON, TAIL)  # with costs of their own
 
 
 def test_a_full_run(tree):
@@ -314,20 +315,34 @@ def test_a_full_run(tree):
     (tree.root / "algos" / "__init__.py").touch()
     every = {
         "fake_unheardof": ("sp500", *DRAWN), "fake_leadlag": ("synthetic:leadlag", "sp500", *DRAWN),
-        "fake_portfolio": (GP, "sp500", MERTON, *DRAWN),
+        "fake_portfolio": (GP, "sp500", MERTON, TAIL, *DRAWN),
     }  # fmt: skip
     expected = [
-        f"{script} {market} {seed} {'--fill auto' if market in (GP, MERTON) else TERMS}"
+        f"{script} {market} {seed} {'--fill auto' if market in OWN else TERMS}"
         for script, markets in every.items()
         for market in markets
         for seed in (1, 2, 3, 4, 5)
     ]
     expected += [
-        f"baselines {market} {seed} {'--fill auto' if market in (GP, MERTON) else TERMS}"
-        for market in {"sp500", "synthetic:leadlag", GP, MERTON, *DRAWN}
+        f"baselines {market} {seed} {'--fill auto' if market in OWN else TERMS}"
+        for market in {"sp500", "synthetic:leadlag", *OWN, *DRAWN}
         for seed in ((1,) if market == "sp500" else (1, 2, 3, 4, 5))
     ]
     assert sorted(commands(tree)) == sorted(expected)
+
+
+def test_a_script_runs_as_its_variants_too(tree, monkeypatch):
+    monkeypatch.setitem(tree.runner.VARIANTS, "fake_leadlag", (("--lags", "3", "--exp-name", "fake_leadlag_short"),))
+    options = dict(scripts=("fake_leadlag",), markets=("sp500",), seeds=(1, 2))
+    plain = [f"fake_leadlag sp500 {seed} {TERMS}" for seed in (1, 2)]
+    assert commands(tree, **options) == [*plain, *(f"{line} --lags 3 --exp-name fake_leadlag_short" for line in plain)]
+    assert [line for line in commands(tree, **options, quick=True) if "--lags" in line] == []
+
+
+def test_variants_are_of_scripts_and_have_names_of_their_own(tree):
+    names = [v[v.index("--exp-name") + 1] for variants in tree.runner.VARIANTS.values() for v in variants]
+    scripts = {path.stem for path in (ROOT / "algos").glob("*.py")}
+    assert set(tree.runner.VARIANTS) <= scripts and len(set(names)) == len(names) and not scripts & set(names)
 
 
 def test_a_quick_run(tree):

@@ -156,6 +156,26 @@ def test_merton_is_as_described():
     assert abs(np.corrcoef(growth[:-1], growth[1:])[0, 1]) < 4 / np.sqrt(len(rows))
 
 
+def test_tail_is_as_described():
+    """One symbol crashes in the given share of bars, by the given size, whenever; the other always earns the same."""
+    panel = make_panel("synthetic:tail:bars=3000:train=18:val=1:test=1:vol=0.004:probability=0.03", seed=1)
+    rows = inside(panel)
+    np.testing.assert_allclose(panel.open[rows], panel.close[rows - 1], rtol=1e-12)
+    growth = np.log(panel.close[rows] / panel.close[rows - 1])
+    np.testing.assert_allclose(growth[:, 1], 0.003, atol=1e-12)
+    crashed = growth[:, 0] < 0.01 - 0.055
+    error = np.sqrt(0.03 * 0.97 / len(rows))
+    assert abs(crashed.mean() - 0.03) < 4 * error < 0.005
+    assert abs(crashed[1:][crashed[:-1]].mean() - 0.03) < 4 * error / np.sqrt(0.03), "a crash foretells a crash"
+    for found, mean in ((growth[~crashed, 0], 0.01), (growth[crashed, 0], -0.1)):
+        assert abs(found.mean() - mean) < 4 * 0.004 / np.sqrt(len(found)) and found.std() == pytest.approx(0.004, rel=0.05)
+    told = {key: tuple(np.unique(truth, axis=0).ravel()) for key, truth in panel.hidden.items()}
+    assert told == {
+        "calm_growth": (0.01, 0.003), "volatility": (0.004, 0.0), "crash": (0.11, 0.0), "crash_probability": (0.03, 0.0)
+    }  # fmt: skip
+    assert panel.extras == {} and len({*panel.segments}) == 20
+
+
 def test_noise_earns_nothing_on_average():
     panel = make_panel("synthetic:noise:bars=3000:train=4:val=1:test=1:vol=0.05", seed=1)
     rows = inside(panel)
@@ -188,6 +208,10 @@ def test_noise_earns_nothing_on_average():
         ("synthetic:garleanu-pedersen:reversion_fast=1.1", ("reversion_fast=1.1: expected",)),
         ("synthetic:merton:vol=0", ("vol=0.0: expected a number between 0 and 1",)),
         ("synthetic:merton:drift=-1", ("drift=-1.0: expected a number between -1 and 1",)),
+        ("synthetic:tail:assets=3", ("assets=3: expected 2",)),
+        ("synthetic:tail:vol=0", ("vol=0.0: expected a number between 0 and 1",)),
+        ("synthetic:tail:probability=1", ("probability=1.0: expected a number between 0 and 1",)),
+        ("synthetic:tail:steady=0.0078", ("steady=0.0078: expected less than gain - probability * crash = 0.0078",)),
     ),
 )
 def test_bad_markets_are_named(spec, words):
