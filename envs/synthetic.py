@@ -19,6 +19,7 @@ from envs.resampled import is_resampled, resampled, source_of
 
 SPLITS = ("train", "val", "test")
 SLOW, FAST = 0, 1  # values of hidden["regime"] on the lead-lag market
+OPEN, CROWDED = 0, 1  # and on the hidden one
 WARM_UP = 60  # bars before Portfolio-v0's first decision, at which an option is sold
 OVERNIGHT, INTRADAY = np.sqrt(0.1), np.sqrt(0.9)  # shares of a bar's standard deviation
 
@@ -35,9 +36,21 @@ class Histories:
     fewest_bars: ClassVar[int] = 300
 
     def __post_init__(self):
-        for key, least in (("assets", 1), ("bars", self.fewest_bars), ("train", 1), ("val", 1), ("test", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {least}")
+        self.expect(assets=1, bars=self.fewest_bars, train=1, val=1, test=1)
+
+    def expect(self, **least: float):
+        """Raises ValueError naming the first key that is below its least value."""
+        for key, value in least.items():
+            if not getattr(self, key) >= value:
+                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {value}")
+
+    def expect_members(self):
+        """Raises ValueError where `leaders` and `followers` do not fit among the assets."""
+        if self.leaders < 1 or self.followers < 1 or self.leaders + self.followers > self.assets:
+            raise ValueError(
+                f"synthetic market: leaders={self.leaders}, followers={self.followers}: expected at least 1 of each, "
+                f"together at most assets={self.assets}"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,21 +78,8 @@ class LeadLag(Histories):
 
     def __post_init__(self):
         Histories.__post_init__(self)
-        for key, least in (
-            ("lag", 1),
-            ("life_slow", 1),
-            ("life_fast", 1),
-            ("regime_bars", 1),
-            ("vol_slow", 0),
-            ("vol_fast", 0),
-        ):
-            if not getattr(self, key) >= least:
-                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {least}")
-        if self.leaders < 1 or self.followers < 1 or self.leaders + self.followers > self.assets:
-            raise ValueError(
-                f"synthetic:leadlag: leaders={self.leaders}, followers={self.followers}: expected at least 1 of each, "
-                f"together at most assets={self.assets}"
-            )
+        self.expect(lag=1, life_slow=1, life_fast=1, regime_bars=1, vol_slow=0, vol_fast=0)
+        self.expect_members()
 
     def draw(self, rng: np.random.Generator):
         """Overnight and intraday log returns (bars, assets); the truth by name; extra series that agents see, by name."""
@@ -131,6 +131,76 @@ def _leadlag(overnight, intraday, orders, uniform, leaders, followers, lag, beta
         for i in range(assets):
             intraday[t, i] += expected[t, i] - 0.5 * vol[now] ** 2  # driftless in simple returns
     return regime, expected
+
+
+@dataclass(frozen=True)
+class Hidden(Histories):
+    """A lead-lag market whose regime cannot be seen, only remembered: news tells of it when it begins.
+
+    Two networks of leaders and followers at once, each with roles of its own: a strong one whose sides change places every
+    `life_fast` bars, which a short lookback sees, and a faint one that lasts `life_slow` bars, which only a long one sees.
+    Followers of the faint one react in the session; those of the strong one in the session too while the regime is OPEN,
+    but overnight while it is CROWDED, before an order can be filled at the open (`fill` next_open or next_close). From close
+    to close both look the same, so no lagged correlation tells them apart. With a new regime comes one bar of news, `news`
+    standard deviations in every symbol, that nobody follows: all symbols the same way before OPEN, half of them each way
+    before CROWDED. What features.py shows of that bar has faded after 20 bars; what it says holds for `regime_bars` on average.
+    """
+
+    leaders: int = 4
+    followers: int = 4
+    beta_slow: float = 0.3
+    beta_fast: float = 0.8
+    vol: float = 0.01
+    life_slow: float = 800.0
+    life_fast: float = 40.0
+    regime_bars: float = 150.0
+    news: float = 4.0
+
+    def __post_init__(self):
+        Histories.__post_init__(self)
+        self.expect(vol=0, life_slow=1, life_fast=1, regime_bars=1)
+        self.expect_members()
+
+    def draw(self, rng: np.random.Generator):
+        changes = np.append(True, rng.random(self.bars - 1) < 1.0 / self.regime_bars)
+        regime = (rng.integers(2) + np.cumsum(changes)) % 2
+        overnight = OVERNIGHT * rng.standard_normal((self.bars, self.assets))
+        intraday = INTRADAY * rng.standard_normal((self.bars, self.assets))
+        shock = overnight + intraday
+        faint = self.beta_slow * self._reaction(shock, self._roles(rng, self.life_slow, swap=False))
+        strong = self.beta_fast * self._reaction(shock, self._roles(rng, self.life_fast, swap=True))
+        crowded = (regime == CROWDED)[:, None]
+        expected = faint + np.where(crowded, 0.0, strong)  # of the session
+        sides = rng.permuted(np.where(np.arange(self.assets) % 2, 1.0, -1.0) * np.ones((self.bars, 1)), axis=1)
+        sides = np.where(crowded, sides, 1.0) * rng.choice([-1.0, 1.0], (self.bars, 1))
+        intraday += expected + np.where(changes[:, None], self.news * sides, 0.0)
+        overnight += np.where(crowded, strong, 0.0)
+        expected *= self.vol
+        return (
+            self.vol * overnight,
+            self.vol * intraday - 0.5 * self.vol**2,
+            {"regime": regime, "expected_return": expected},
+            {},
+        )
+
+    def _roles(self, rng: np.random.Generator, life: float, swap: bool) -> np.ndarray:
+        """(bars, assets): 1 leads, -1 follows, 0 neither; redrawn, or with the sides changing places, every `life` bars."""
+        change = np.append(0, np.cumsum(rng.random(self.bars - 1) < 1.0 / life))
+        roles = np.zeros((change[-1] + 1, self.assets))
+        roles[:, : self.leaders], roles[:, self.leaders : self.leaders + self.followers] = 1.0, -1.0
+        if swap:
+            return rng.permuted(roles[0])[None, :] * np.where(change % 2, -1.0, 1.0)[:, None]
+        return rng.permuted(roles, axis=1)[change]
+
+    @staticmethod
+    def _reaction(shock: np.ndarray, roles: np.ndarray) -> np.ndarray:
+        """(bars, assets) what followers add to the leaders' mean shock of the bar before, and leaders take back from theirs."""
+        out = np.zeros_like(shock)
+        for side in (1.0, -1.0):
+            members = roles[1:] == side
+            mean = (members * shock[:-1]).sum(axis=1) / np.sqrt(np.maximum(members.sum(axis=1), 1))
+            out[1:] += side * (roles[1:] == -side) * mean[:, None]
+        return out
 
 
 @dataclass(frozen=True)
@@ -260,7 +330,8 @@ class BlackScholes(Histories):
 
 
 MARKETS = {
-    "leadlag": LeadLag, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton, "black-scholes": BlackScholes,
+    "leadlag": LeadLag, "hidden": Hidden, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton,
+    "black-scholes": BlackScholes,
 }  # fmt: skip
 
 

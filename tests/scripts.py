@@ -90,6 +90,9 @@ class PPOScript(Script):
     refused: tuple[str, str] = ()  # a Gymnasium id with actions of the wrong kind; what it expected
     toy: gym.spaces.Space = None  # actions of the Toy below
     toy_options: tuple[str, ...] = ()
+    features: Callable = lambda agent, x, memory: (x, memory)  # what actor and critic see of observations x (n, D); and the
+    blank: Callable = lambda agent, n: torch.zeros((0, n))  # memory (parts, n, ...) after them, of none at the start
+    most_minibatches: int = 1024  # of the short run
     sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")
     losses: tuple[str, ...] = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
     kept: tuple[str, ...] = ("envs", "obs")
@@ -144,6 +147,32 @@ SCRIPTS = {
             classic=("CartPole-v1", 9, 200),
             refused=("Pendulum-v1", "discrete"),
             toy=gym.spaces.Discrete(3),
+            unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
+        ),
+        PPOScript(
+            name="ppo_recurrent_leadlag",
+            env_id="LeadLag-v0",
+            market="synthetic:hidden:bars=400:train=2:val=1:test=2",
+            own=("--max-lookback", "60", "--num-lookbacks", "5", "--hidden", "16", "--episode-length", "40"),
+            given={"leadlag": {"max_lookback": 60, "num_lookbacks": 5}, "num_envs": 64, "num_steps": 16, "hidden": 16},
+            score="growth",
+            others=(
+                *(f"lookback {k}" for k in (5, 9, 17, 32, 60)), "best in training", "random", "equal weight",
+                "oracle regime", "oracle returns",
+            ),
+            costs="institutional",
+            make_envs=lambda g: g["make_envs"](g["args"], g["data"], g["splits"], 1),
+            make_agent=lambda module, saved: module.Agent(
+                saved["obs"].shape[1], saved["mask"].shape[1], saved["args"]["memory"], saved["args"]["hidden"]
+            ),
+            twist=("--actions", "hybrid", "--max-jump", "1", "--curriculum", "9", "40"),
+            classic=("CartPole-v1", 9, 200),
+            refused=("Pendulum-v1", "discrete"),
+            toy=gym.spaces.Discrete(3),
+            kept=("envs", "obs", "mask", "state"),
+            features=lambda agent, x, memory: (lambda out: (out[0][0], out[1]))(agent.remember(x[None], memory)),
+            blank=lambda agent, n: agent.blank(n),
+            most_minibatches=64,
             unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
         ),
         PPOScript(

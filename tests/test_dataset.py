@@ -187,7 +187,7 @@ def test_episodes_of_a_market(kind, small_panel, tmp_path):
         said.append(step(chosen))
         return said[-1]
 
-    def act(obs, mask, row):
+    def act(obs, mask, row, _):
         chosen = next(actions)
         if mask is not None:
             chosen = np.where(mask[np.arange(5), chosen], chosen, mask.argmax(axis=1))
