@@ -441,8 +441,8 @@ if __name__ == "__main__":
     rows = "\n".join(f"|{key}|{value}|" for key, value in dataclasses.asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
 
-    def backtest(split):
-        """From a blank memory at the start of every range."""
+    def make_policy(split):
+        """A blank memory for every range of the split, and the policy that fills it on the way from its start to its end."""
         now = agent.blank(len(splits[split].ranges))
 
         def agent_policy(observation, mask, _):
@@ -452,7 +452,10 @@ if __name__ == "__main__":
                 choice, now = agent.act_greedily(seen, allowed, now)
             return choice.cpu().numpy()
 
-        return references.run(data, splits[split], agent_policy, actions=args.actions, max_jump=args.max_jump)
+        return agent_policy
+
+    def backtest(split):
+        return references.run(data, splits[split], make_policy(split), actions=args.actions, max_jump=args.max_jump)
 
     def log_dataset(iteration):
         """Episodes of the policy as it explores now. Their random numbers are their own: training does not notice."""

@@ -54,6 +54,7 @@ class Script:
     numbers: tuple[str, ...] = ()  # in run.json besides what all have
     columns: tuple[str, ...] = LEDGER
     unexplained: tuple[str, ...] = ()  # flags that --help only lists
+    policy: Callable = lambda g: g["agent_policy"]  # the variables of a run -> its policy for backtests of the test split
     run: str = "online_run"  # fixture of its short run
 
     @property
@@ -92,6 +93,7 @@ class PPOScript(Script):
     toy_options: tuple[str, ...] = ()
     features: Callable = lambda agent, x, memory: (x, memory)  # what actor and critic see of observations x (n, D); and the
     blank: Callable = lambda agent, n: torch.zeros((0, n))  # memory (parts, n, ...) after them, of none at the start
+    actor_input: str = "x"  # variable that holds them for a rollout
     most_minibatches: int = 1024  # of the short run
     sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")
     losses: tuple[str, ...] = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
@@ -128,6 +130,7 @@ SCRIPTS = {
             kept=("reference", "variances"),
             columns=(*LEDGER[:-1], *GUARDS, "action"),
             unexplained=("costs",),
+            policy=lambda g: g["kernel_policy"]("test"),
         ),
         PPOScript(
             name="ppo_leadlag",
@@ -172,6 +175,8 @@ SCRIPTS = {
             kept=("envs", "obs", "mask", "state"),
             features=lambda agent, x, memory: (lambda out: (out[0][0], out[1]))(agent.remember(x[None], memory)),
             blank=lambda agent, n: agent.blank(n),
+            actor_input="features",
+            policy=lambda g: g["make_policy"]("test"),
             most_minibatches=64,
             unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
         ),
@@ -227,6 +232,17 @@ def finish(script: Script, *options, runs_dir: Path) -> Run:
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = runs_dir.iterdir()
     return Run(folder, done)
+
+
+def features_of(script: PPOScript, agent, x: torch.Tensor, starts: np.ndarray) -> torch.Tensor:
+    """What actor and critic see of the observations x (N, D) of episodes that begin at `starts`, which ends with N."""
+    out = []
+    for start, stop in zip(starts, starts[1:]):
+        memory = script.blank(agent, 1)
+        for row in x[start:stop]:
+            features, memory = script.features(agent, row[None], memory)
+            out.append(features)
+    return torch.cat(out)
 
 
 def assert_same_content(found, expected, where="model.pt"):
