@@ -139,20 +139,21 @@ class Hidden(Histories):
 
     Two networks of leaders and followers at once, each with roles of its own: a strong one whose sides change places every
     `life_fast` bars, which a short lookback sees, and a faint one that lasts `life_slow` bars, which only a long one sees.
-    Followers of the faint one react in the session; those of the strong one in the session too while the regime is OPEN,
-    but overnight while it is CROWDED, before an order can be filled at the open (`fill` next_open or next_close). From close
-    to close both look the same, so no lagged correlation tells them apart. With a new regime comes one bar of news, `news`
-    standard deviations in every symbol, that nobody follows: all symbols the same way before OPEN, half of them each way
-    before CROWDED. What features.py shows of that bar has faded after 20 bars; what it says holds for `regime_bars` on average.
+    Reactions come in the session. But while the regime is CROWDED, followers of the strong network react overnight, twice as
+    much, and the session takes half of it back: who orders at the close what short lookbacks say (`fill` next_open) loses in
+    CROWDED what it earns in OPEN. From close to close both are the same, so no lagged correlation tells them apart. With a
+    new regime comes one bar of news, `news` standard deviations in every symbol, that nobody follows: all symbols the same way
+    before OPEN, half of them each way before CROWDED. What features.py shows of that bar has faded after 20 bars; what it
+    says holds for `regime_bars` on average. Durations are exponential; volatilities are per bar.
     """
 
     leaders: int = 4
     followers: int = 4
     beta_slow: float = 0.3
-    beta_fast: float = 0.8
+    beta_fast: float = 1.2
     vol: float = 0.01
-    life_slow: float = 800.0
-    life_fast: float = 40.0
+    life_slow: float = 3000.0
+    life_fast: float = 60.0
     regime_bars: float = 150.0
     news: float = 4.0
 
@@ -170,11 +171,11 @@ class Hidden(Histories):
         faint = self.beta_slow * self._reaction(shock, self._roles(rng, self.life_slow, swap=False))
         strong = self.beta_fast * self._reaction(shock, self._roles(rng, self.life_fast, swap=True))
         crowded = (regime == CROWDED)[:, None]
-        expected = faint + np.where(crowded, 0.0, strong)  # of the session
+        expected = faint + np.where(crowded, -strong, strong)  # of the session
         sides = rng.permuted(np.where(np.arange(self.assets) % 2, 1.0, -1.0) * np.ones((self.bars, 1)), axis=1)
         sides = np.where(crowded, sides, 1.0) * rng.choice([-1.0, 1.0], (self.bars, 1))
         intraday += expected + np.where(changes[:, None], self.news * sides, 0.0)
-        overnight += np.where(crowded, strong, 0.0)
+        overnight += np.where(crowded, 2.0 * strong, 0.0)
         expected *= self.vol
         return (
             self.vol * overnight,
