@@ -44,14 +44,6 @@ class Histories:
             if not getattr(self, key) >= value:
                 raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {value}")
 
-    def expect_members(self):
-        """Raises ValueError where `leaders` and `followers` do not fit among the assets."""
-        if self.leaders < 1 or self.followers < 1 or self.leaders + self.followers > self.assets:
-            raise ValueError(
-                f"synthetic market: leaders={self.leaders}, followers={self.followers}: expected at least 1 of each, "
-                f"together at most assets={self.assets}"
-            )
-
 
 @dataclass(frozen=True)
 class LeadLag(Histories):
@@ -79,7 +71,11 @@ class LeadLag(Histories):
     def __post_init__(self):
         Histories.__post_init__(self)
         self.expect(lag=1, life_slow=1, life_fast=1, regime_bars=1, vol_slow=0, vol_fast=0)
-        self.expect_members()
+        if self.leaders < 1 or self.followers < 1 or self.leaders + self.followers > self.assets:
+            raise ValueError(
+                f"synthetic:leadlag: leaders={self.leaders}, followers={self.followers}: expected at least 1 of each, "
+                f"together at most assets={self.assets}"
+            )
 
     def draw(self, rng: np.random.Generator):
         """Overnight and intraday log returns (bars, assets); the truth by name; extra series that agents see, by name."""
@@ -137,30 +133,34 @@ def _leadlag(overnight, intraday, orders, uniform, leaders, followers, lag, beta
 class Hidden(Histories):
     """A lead-lag market whose regime cannot be seen, only remembered: news tells of it when it begins.
 
-    Two networks of leaders and followers at once, each with roles of its own: a strong one whose sides change places every
-    `life_fast` bars, which a short lookback sees, and a faint one that lasts `life_slow` bars, which only a long one sees.
-    Reactions come in the session. But while the regime is CROWDED, followers of the strong network react overnight, twice as
-    much, and the session takes half of it back: who orders at the close what short lookbacks say (`fill` next_open) loses in
-    CROWDED what it earns in OPEN. From close to close both are the same, so no lagged correlation tells them apart. With a
-    new regime comes one bar of news, `news` standard deviations in every symbol, that nobody follows: all symbols the same way
-    before OPEN, half of them each way before CROWDED. What features.py shows of that bar has faded after 20 bars; what it
-    says holds for `regime_bars` on average. Durations are exponential; volatilities are per bar.
+    One half of the assets has a faint network of leaders and followers that lasts `life_slow` bars, which only a long lookback
+    sees; the other half a strong one whose sides change places every `life_fast` bars, which a short lookback sees and a long
+    one sees nothing of. Followers react in the session. But while the regime is CROWDED, those of the strong network react
+    overnight, twice as much, and the session takes half of it back: who orders at the close what short lookbacks say, to be
+    filled at the open, loses then what it earns while the regime is OPEN. From close to close both are the same: no lagged
+    correlation tells them apart. With a new regime comes one bar of news, `news` standard deviations in every symbol, that
+    nobody follows: all symbols the same way before OPEN, half of them each way before CROWDED. What features.py shows of that
+    bar has faded after 20 bars; what it says holds for `regime_bars` on average. Volatilities and strengths are per bar.
     """
 
-    leaders: int = 4
-    followers: int = 4
+    leaders: int = 2
+    followers: int = 3
     beta_slow: float = 0.3
-    beta_fast: float = 1.2
+    beta_fast: float = 1.5
     vol: float = 0.01
-    life_slow: float = 3000.0
-    life_fast: float = 60.0
+    life_slow: float = 10_000.0
+    life_fast: int = 40
     regime_bars: float = 150.0
     news: float = 4.0
 
     def __post_init__(self):
         Histories.__post_init__(self)
         self.expect(vol=0, life_slow=1, life_fast=1, regime_bars=1)
-        self.expect_members()
+        if self.assets % 2 or min(self.leaders, self.followers) < 1 or self.leaders + self.followers > self.assets // 2:
+            raise ValueError(
+                f"synthetic:hidden: leaders={self.leaders}, followers={self.followers}, assets={self.assets}: expected an even "
+                "number of assets, half of them at least as many as leaders and followers, of which there are 1 or more"
+            )
 
     def draw(self, rng: np.random.Generator):
         changes = np.append(True, rng.random(self.bars - 1) < 1.0 / self.regime_bars)
@@ -168,8 +168,14 @@ class Hidden(Histories):
         overnight = OVERNIGHT * rng.standard_normal((self.bars, self.assets))
         intraday = INTRADAY * rng.standard_normal((self.bars, self.assets))
         shock = overnight + intraday
-        faint = self.beta_slow * self._reaction(shock, self._roles(rng, self.life_slow, swap=False))
-        strong = self.beta_fast * self._reaction(shock, self._roles(rng, self.life_fast, swap=True))
+        first, second = np.split(rng.permutation(self.assets), 2)
+        faint, strong = np.zeros_like(shock), np.zeros_like(shock)
+        renewed = np.cumsum(rng.random(self.bars) < 1.0 / self.life_slow)
+        roles = rng.permuted(np.tile(self._sides(), (renewed[-1] + 1, 1)), axis=1)[renewed]
+        faint[:, first] = self.beta_slow * self._reaction(shock[:, first], roles)
+        swapped = (np.arange(self.bars) + rng.integers(self.life_fast)) // self.life_fast % 2
+        roles = np.where(swapped[:, None], -1.0, 1.0) * rng.permuted(self._sides())
+        strong[:, second] = self.beta_fast * self._reaction(shock[:, second], roles)
         crowded = (regime == CROWDED)[:, None]
         expected = faint + np.where(crowded, -strong, strong)  # of the session
         sides = rng.permuted(np.where(np.arange(self.assets) % 2, 1.0, -1.0) * np.ones((self.bars, 1)), axis=1)
@@ -184,23 +190,17 @@ class Hidden(Histories):
             {},
         )
 
-    def _roles(self, rng: np.random.Generator, life: float, swap: bool) -> np.ndarray:
-        """(bars, assets): 1 leads, -1 follows, 0 neither; redrawn, or with the sides changing places, every `life` bars."""
-        change = np.append(0, np.cumsum(rng.random(self.bars - 1) < 1.0 / life))
-        roles = np.zeros((change[-1] + 1, self.assets))
-        roles[:, : self.leaders], roles[:, self.leaders : self.leaders + self.followers] = 1.0, -1.0
-        if swap:
-            return rng.permuted(roles[0])[None, :] * np.where(change % 2, -1.0, 1.0)[:, None]
-        return rng.permuted(roles, axis=1)[change]
+    def _sides(self) -> np.ndarray:
+        """(assets / 2,): 1 leads, -1 follows, 0 neither."""
+        return np.repeat([1.0, -1.0, 0.0], [self.leaders, self.followers, self.assets // 2 - self.leaders - self.followers])
 
     @staticmethod
     def _reaction(shock: np.ndarray, roles: np.ndarray) -> np.ndarray:
-        """(bars, assets) what followers add to the leaders' mean shock of the bar before, and leaders take back from theirs."""
+        """(bars, assets) what followers add to their own shocks: the standardised mean of the leaders' of the bar before."""
         out = np.zeros_like(shock)
-        for side in (1.0, -1.0):
-            members = roles[1:] == side
-            mean = (members * shock[:-1]).sum(axis=1) / np.sqrt(np.maximum(members.sum(axis=1), 1))
-            out[1:] += side * (roles[1:] == -side) * mean[:, None]
+        leading = roles[1:] == 1.0
+        lead = (leading * shock[:-1]).sum(axis=1) / np.sqrt(np.maximum(leading.sum(axis=1), 1))
+        out[1:] = (roles[1:] == -1.0) * lead[:, None]
         return out
 
 
