@@ -832,7 +832,7 @@ if __name__ == "__main__":
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             dataset_writer.log_episodes(
-                path, episodes, lambda *seen: (act(*seen), None), args.log_episodes, meta, seed, panel.timestamps
+                path, episodes, lambda *seen: (act(*seen[:3]), None), args.log_episodes, meta, seed, panel.timestamps
             )
 
     log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()

@@ -389,7 +389,7 @@ if __name__ == "__main__":
         seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0])  # market i takes seed + i
         noise = torch.Generator().manual_seed(seed)
 
-        def act(observation, mask, _):
+        def act(observation, mask, *_):
             allowed = torch.as_tensor(np.ones((len(observation), num_actions), bool) if mask is None else mask)
             with torch.no_grad():
                 log_probs = agent.log_probs(agent.norm(torch.as_tensor(observation).to(device)), allowed.to(device))

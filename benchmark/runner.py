@@ -48,7 +48,7 @@ DATASETS, DATASET = "datasets", "dataset.hdf5"
 # Markets of a script, by the last part of its name; any other script runs on the real one alone. --quick: the first two.
 REAL = "sp500"
 MARKETS = {
-    "leadlag": ("synthetic:leadlag", REAL),
+    "leadlag": ("synthetic:leadlag", REAL, "synthetic:hidden"),
     "portfolio": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton", "synthetic:tail"),
     "diffmarket": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton"),
 }

@@ -33,9 +33,9 @@ COSTS = slice(RECORD.index("commission"), RECORD.index("financing") + 1)
 JOINED = ("env_id", "panel_sha256", "costs", "split", "gamma", "reward_scale", "task")  # must be the same to be joined; a
 # task but for its seed, of which the panel's hash says all that matters
 
-# act(observations (n, D), action masks (n, A) or None, rows of the panel (n,) or None) -> actions (n, ...) inside the action
-# space, and their log-probabilities (n,) or None
-Actor = Callable[[np.ndarray, np.ndarray | None, np.ndarray | None], tuple[np.ndarray, np.ndarray | None]]
+# act(observations (n, D), action masks (n, A) or None, rows of the panel (n,) or None, whether an episode begins (n,) bool)
+# -> actions (n, ...) inside the action space, and their log-probabilities (n,) or None
+Actor = Callable[[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
 class DatasetWriter:
@@ -259,12 +259,13 @@ def log_episodes(
         raise DatasetError(f"{path}: episodes={episodes}: expected at least 1")
     obs, infos = envs.reset(seed=seed)
     n = envs.num_envs
+    begun = np.ones(n, bool)
     size = int(np.prod(envs.single_observation_space.shape))
     with DatasetWriter(path, size, envs.single_action_space, meta, n) as writer:
         while writer.episodes < episodes:
             mask, row = infos.get("action_mask"), infos.get("row")
             obs = np.asarray(obs, np.float32).reshape(n, size)
-            actions, logprob = act(obs, mask, row)
+            actions, logprob = act(obs, mask, row, begun)
             next_obs, rewards, terminated, truncated, infos = envs.step(actions)
             over = terminated | truncated
             successor = np.array(next_obs, np.float32).reshape(n, size)
@@ -282,7 +283,7 @@ def log_episodes(
                 if timestamps is not None:
                     known["timestamp"] = timestamps[infos["decided_at"]].astype("datetime64[ns]").astype(np.int64)
             writer.add(obs, actions, rewards, terminated, truncated, successor, **known)
-            obs = next_obs
+            obs, begun = next_obs, over
     return writer.steps
 
 

@@ -19,6 +19,7 @@ from envs.resampled import is_resampled, resampled, source_of
 
 SPLITS = ("train", "val", "test")
 SLOW, FAST = 0, 1  # values of hidden["regime"] on the lead-lag market
+OPEN, CROWDED = 0, 1  # and on the hidden one
 WARM_UP = 60  # bars before Portfolio-v0's first decision, at which an option is sold
 OVERNIGHT, INTRADAY = np.sqrt(0.1), np.sqrt(0.9)  # shares of a bar's standard deviation
 
@@ -35,9 +36,13 @@ class Histories:
     fewest_bars: ClassVar[int] = 300
 
     def __post_init__(self):
-        for key, least in (("assets", 1), ("bars", self.fewest_bars), ("train", 1), ("val", 1), ("test", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {least}")
+        self.expect(assets=1, bars=self.fewest_bars, train=1, val=1, test=1)
+
+    def expect(self, **least: float):
+        """Raises ValueError naming the first key that is below its least value."""
+        for key, value in least.items():
+            if not getattr(self, key) >= value:
+                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {value}")
 
 
 @dataclass(frozen=True)
@@ -65,16 +70,7 @@ class LeadLag(Histories):
 
     def __post_init__(self):
         Histories.__post_init__(self)
-        for key, least in (
-            ("lag", 1),
-            ("life_slow", 1),
-            ("life_fast", 1),
-            ("regime_bars", 1),
-            ("vol_slow", 0),
-            ("vol_fast", 0),
-        ):
-            if not getattr(self, key) >= least:
-                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {least}")
+        self.expect(lag=1, life_slow=1, life_fast=1, regime_bars=1, vol_slow=0, vol_fast=0)
         if self.leaders < 1 or self.followers < 1 or self.leaders + self.followers > self.assets:
             raise ValueError(
                 f"synthetic:leadlag: leaders={self.leaders}, followers={self.followers}: expected at least 1 of each, "
@@ -131,6 +127,81 @@ def _leadlag(overnight, intraday, orders, uniform, leaders, followers, lag, beta
         for i in range(assets):
             intraday[t, i] += expected[t, i] - 0.5 * vol[now] ** 2  # driftless in simple returns
     return regime, expected
+
+
+@dataclass(frozen=True)
+class Hidden(Histories):
+    """A lead-lag market whose regime cannot be seen, only remembered: news tells of it when it begins.
+
+    One half of the assets has a faint network of leaders and followers that lasts `life_slow` bars, which only a long lookback
+    sees; the other half a strong one whose sides change places every `life_fast` bars, which a short lookback sees and a long
+    one sees nothing of. Followers react in the session. But while the regime is CROWDED, those of the strong network react
+    overnight, twice as much, and the session takes half of it back: who orders at the close what short lookbacks say, to be
+    filled at the open, loses then what it earns while the regime is OPEN. From close to close both are the same: no lagged
+    correlation tells them apart. With a new regime comes one bar of news, `news` standard deviations in every symbol, that
+    nobody follows: all symbols the same way before OPEN, half of them each way before CROWDED. What features.py shows of that
+    bar has faded after 20 bars; what it says holds for `regime_bars` on average. Volatilities and strengths are per bar.
+    """
+
+    leaders: int = 2
+    followers: int = 3
+    beta_slow: float = 0.3
+    beta_fast: float = 1.5
+    vol: float = 0.01
+    life_slow: float = 10_000.0
+    life_fast: int = 40
+    regime_bars: float = 150.0
+    news: float = 4.0
+
+    def __post_init__(self):
+        Histories.__post_init__(self)
+        self.expect(vol=0, life_slow=1, life_fast=1, regime_bars=1)
+        if self.assets % 2 or min(self.leaders, self.followers) < 1 or self.leaders + self.followers > self.assets // 2:
+            raise ValueError(
+                f"synthetic:hidden: leaders={self.leaders}, followers={self.followers}, assets={self.assets}: expected an even "
+                "number of assets, half of them at least as many as leaders and followers, of which there are 1 or more"
+            )
+
+    def draw(self, rng: np.random.Generator):
+        changes = np.append(True, rng.random(self.bars - 1) < 1.0 / self.regime_bars)
+        regime = (rng.integers(2) + np.cumsum(changes)) % 2
+        overnight = OVERNIGHT * rng.standard_normal((self.bars, self.assets))
+        intraday = INTRADAY * rng.standard_normal((self.bars, self.assets))
+        shock = overnight + intraday
+        first, second = np.split(rng.permutation(self.assets), 2)
+        faint, strong = np.zeros_like(shock), np.zeros_like(shock)
+        renewed = np.cumsum(rng.random(self.bars) < 1.0 / self.life_slow)
+        roles = rng.permuted(np.tile(self._sides(), (renewed[-1] + 1, 1)), axis=1)[renewed]
+        faint[:, first] = self.beta_slow * self._reaction(shock[:, first], roles)
+        swapped = (np.arange(self.bars) + rng.integers(self.life_fast)) // self.life_fast % 2
+        roles = np.where(swapped[:, None], -1.0, 1.0) * rng.permuted(self._sides())
+        strong[:, second] = self.beta_fast * self._reaction(shock[:, second], roles)
+        crowded = (regime == CROWDED)[:, None]
+        expected = faint + np.where(crowded, -strong, strong)  # of the session
+        sides = rng.permuted(np.where(np.arange(self.assets) % 2, 1.0, -1.0) * np.ones((self.bars, 1)), axis=1)
+        sides = np.where(crowded, sides, 1.0) * rng.choice([-1.0, 1.0], (self.bars, 1))
+        intraday += expected + np.where(changes[:, None], self.news * sides, 0.0)
+        overnight += np.where(crowded, 2.0 * strong, 0.0)
+        expected *= self.vol
+        return (
+            self.vol * overnight,
+            self.vol * intraday - 0.5 * self.vol**2,
+            {"regime": regime, "expected_return": expected},
+            {},
+        )
+
+    def _sides(self) -> np.ndarray:
+        """(assets / 2,): 1 leads, -1 follows, 0 neither."""
+        return np.repeat([1.0, -1.0, 0.0], [self.leaders, self.followers, self.assets // 2 - self.leaders - self.followers])
+
+    @staticmethod
+    def _reaction(shock: np.ndarray, roles: np.ndarray) -> np.ndarray:
+        """(bars, assets) what followers add to their own shocks: the standardised mean of the leaders' of the bar before."""
+        out = np.zeros_like(shock)
+        leading = roles[1:] == 1.0
+        lead = (leading * shock[:-1]).sum(axis=1) / np.sqrt(np.maximum(leading.sum(axis=1), 1))
+        out[1:] = (roles[1:] == -1.0) * lead[:, None]
+        return out
 
 
 @dataclass(frozen=True)
@@ -301,8 +372,8 @@ class Tail(Histories):
 
 
 MARKETS = {
-    "leadlag": LeadLag, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton, "black-scholes": BlackScholes,
-    "tail": Tail,
+    "leadlag": LeadLag, "hidden": Hidden, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton,
+    "black-scholes": BlackScholes, "tail": Tail,
 }  # fmt: skip
 
 

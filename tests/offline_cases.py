@@ -138,7 +138,7 @@ def random_actor(envs, seed=0):
     """Allowed actions, all as likely, or noise within a third of the bounds; as `log_episodes` takes it."""
     rng, space = np.random.default_rng(seed), envs.single_action_space
 
-    def act(observation, mask, row):
+    def act(observation, mask, row, _):
         if isinstance(space, gym.spaces.Discrete):
             allowed = np.ones((len(observation), space.n)) if mask is None else mask.astype(float)
             return (rng.random(allowed.shape) * allowed).argmax(axis=1), -np.log(allowed.sum(axis=1)).astype(np.float32)

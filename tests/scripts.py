@@ -54,6 +54,7 @@ class Script:
     numbers: tuple[str, ...] = ()  # in run.json besides what all have
     columns: tuple[str, ...] = LEDGER
     unexplained: tuple[str, ...] = ()  # flags that --help only lists
+    policy: Callable = lambda g: g["agent_policy"]  # the variables of a run -> its policy for backtests of the test split
     run: str = "online_run"  # fixture of its short run
 
     @property
@@ -110,6 +111,10 @@ class PPOScript(Script):
     toy: gym.spaces.Space = None  # actions of the Toy below
     toy_options: tuple[str, ...] = ()
     value_loss: Callable = squared_error  # the variables of a run -> the value loss of its last minibatch, by its definition
+    features: Callable = lambda agent, x, memory: (x, memory)  # what actor and critic see of observations x (n, D); and the
+    blank: Callable = lambda agent, n: torch.zeros((0, n))  # memory (parts, n, ...) after them, of none at the start
+    actor_input: str = "x"  # variable that holds them for a rollout
+    most_minibatches: int = 1024  # of the short run
     sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")
     losses: tuple[str, ...] = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
     kept: tuple[str, ...] = ("envs", "obs")
@@ -145,6 +150,7 @@ SCRIPTS = {
             kept=("reference", "variances"),
             columns=(*LEDGER[:-1], *GUARDS, "action"),
             unexplained=("costs",),
+            policy=lambda g: g["kernel_policy"]("test"),
         ),
         PPOScript(
             name="ppo_leadlag",
@@ -164,6 +170,34 @@ SCRIPTS = {
             classic=("CartPole-v1", 9, 200),
             refused=("Pendulum-v1", "discrete"),
             toy=gym.spaces.Discrete(3),
+            unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
+        ),
+        PPOScript(
+            name="ppo_recurrent_leadlag",
+            env_id="LeadLag-v0",
+            market="synthetic:hidden:bars=400:train=2:val=1:test=2",
+            own=("--max-lookback", "60", "--num-lookbacks", "5", "--hidden", "16", "--episode-length", "40"),
+            given={"leadlag": {"max_lookback": 60, "num_lookbacks": 5}, "num_envs": 64, "num_steps": 16, "hidden": 16},
+            score="growth",
+            others=(
+                *(f"lookback {k}" for k in (5, 9, 17, 32, 60)), "best in training", "random", "equal weight",
+                "oracle regime", "oracle returns",
+            ),
+            costs="institutional",
+            make_envs=lambda g: g["make_envs"](g["args"], g["data"], g["splits"], 1),
+            make_agent=lambda module, saved: module.Agent(
+                saved["obs"].shape[1], saved["mask"].shape[1], saved["args"]["memory"], saved["args"]["hidden"]
+            ),
+            twist=("--actions", "hybrid", "--max-jump", "1", "--curriculum", "9", "40"),
+            classic=("CartPole-v1", 9, 200),
+            refused=("Pendulum-v1", "discrete"),
+            toy=gym.spaces.Discrete(3),
+            kept=("envs", "obs", "mask", "state"),
+            features=lambda agent, x, memory: (lambda out: (out[0][0], out[1]))(agent.remember(x[None], memory)),
+            blank=lambda agent, n: agent.blank(n),
+            actor_input="features",
+            policy=lambda g: g["make_policy"]("test"),
+            most_minibatches=64,
             unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
         ),
         PPOScript(
@@ -244,6 +278,17 @@ def finish(script: Script, *options, runs_dir: Path) -> Run:
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = runs_dir.iterdir()
     return Run(folder, done)
+
+
+def features_of(script: PPOScript, agent, x: torch.Tensor, starts: np.ndarray) -> torch.Tensor:
+    """What actor and critic see of the observations x (N, D) of episodes that begin at `starts`, which ends with N."""
+    out = []
+    for start, stop in zip(starts, starts[1:]):
+        memory = script.blank(agent, 1)
+        for row in x[start:stop]:
+            features, memory = script.features(agent, row[None], memory)
+            out.append(features)
+    return torch.cat(out)
 
 
 def assert_same_content(found, expected, where="model.pt"):

@@ -187,7 +187,8 @@ def test_episodes_of_a_market(kind, small_panel, tmp_path):
         said.append(step(chosen))
         return said[-1]
 
-    def act(obs, mask, row):
+    def act(obs, mask, row, begun):
+        np.testing.assert_array_equal(begun, said[-1][2] | said[-1][3] if said else np.ones(5, bool))
         chosen = next(actions)
         if mask is not None:
             chosen = np.where(mask[np.arange(5), chosen], chosen, mask.argmax(axis=1))

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from scripts import SCRIPTS, PPOScript, Run, Script, Toy, assert_same_content, assert_same_ledger
+from scripts import SCRIPTS, PPOScript, Run, Script, Toy, assert_same_content, assert_same_ledger, features_of
 
 from envs import dataset_writer, portfolio_references
 from envs.dataset import Dataset
@@ -99,9 +99,8 @@ def test_training_does_not_notice_and_a_killed_run_goes_on_logging(script, optio
         assert "infos/behavior_logprob" not in datasets[-1].keys and all(found == seed for found, seed in seeds)
 
     task = Task.of(datasets[-1])  # the market of the run, to the last bit of its backtests
-    policy = g["agent_policy"] if isinstance(script, PPOScript) else g["kernel_policy"]("test")
     test = logged.ledger[logged.ledger["split"] == "test"].reset_index(drop=True)
-    assert_same_ledger(task.run("test", policy), test)
+    assert_same_ledger(task.run("test", script.policy(g)), test)
     assert task.score(test) == pytest.approx(logged.json["scores"]["test"]["agent"][script.score], rel=1e-12)
     assert json.loads(json.dumps(task.describe())) == {key: logged.json[key] for key in ("panel", "market")}
 
@@ -113,7 +112,7 @@ def assert_behaves_like(script, model, data):
     rows = contents_of(data, ("observations", "actions", *(key for key in data.keys if "behavior" in key or "mask" in key)))
     action = torch.as_tensor(rows["actions"])
     with torch.no_grad():
-        x = agent.norm(torch.as_tensor(rows["observations"]))
+        x = features_of(script, agent, agent.norm(torch.as_tensor(rows["observations"])), data.starts)
         if action.ndim == 2:
             logprob, entropy = agent.log_prob(agent.actor(x), action), float(agent.entropy())
         else:

@@ -63,7 +63,7 @@ def path(request, tmp_path_factory) -> Path:
     envs = task.make(4, num_threads=1)
     scores = 0.01 * rng.standard_normal((1000, *envs.action_space.shape))
 
-    def act(obs, mask, row):
+    def act(obs, mask, row, _):
         if mask is None:
             return scores[rng.integers(1000)].astype(np.float32), None
         return np.array([rng.choice(np.flatnonzero(allowed)) for allowed in mask]), None
