@@ -7,7 +7,7 @@ import pytest
 
 from envs import portfolio_tables
 from envs.panel import PanelError
-from envs.synthetic import FAST, MARKETS, SLOW, SPLITS, WARM_UP, load_market, make_panel
+from envs.synthetic import CROWDED, FAST, MARKETS, OPEN, SLOW, SPLITS, WARM_UP, load_market, make_panel
 
 MANY = "synthetic:leadlag:bars=2000:train=4:val=1:test=1"
 
@@ -117,6 +117,64 @@ def test_regimes_tell_themselves_apart_by_volatility(many_bars):
     assert fast.std() == pytest.approx(0.01 * np.sqrt(1 + 0.6**2 * 0.8), rel=0.03)
 
 
+@pytest.fixture(scope="module")
+def hidden():
+    """Few networks, no news: what followers do alone."""
+    return make_panel(
+        "synthetic:hidden:bars=3000:train=20:val=1:test=1:life_slow=1e9:life_fast=1000000:news=0:beta_slow=0.5", 3
+    )
+
+
+def test_expectations_of_the_hidden_market_are_conditional_means(hidden):
+    """Of the session: slope 1 on them, whatever the regime; of the night, only where the strong network is crowded."""
+    rows = inside(hidden)
+    session = np.log(hidden.close[rows] / hidden.open[rows]) / 0.01
+    night = np.log(hidden.open[rows] / hidden.close[rows - 1]) / 0.01
+    expected, crowded = hidden.hidden["expected_return"][rows] / 0.01, hidden.hidden["regime"][rows] == CROWDED
+    assert 0.3 < crowded.mean() < 0.7
+    first, last = hidden.segments, np.append(hidden.segments[1:], hidden.num_bars)
+    of_history = np.searchsorted(hidden.segments, rows, side="right") - 1
+    size = np.stack([np.abs(hidden.hidden["expected_return"][a + 1 : b]).mean(axis=0) for a, b in zip(first, last)])
+    strong = size[of_history] > 0.01 * 0.8  # mean |N(0, 1)| is 0.8: 0.4 for the faint network, 1.2 for the strong one
+    faint = (size[of_history] > 0) & ~strong
+    assert strong.any(axis=1).mean() == faint.any(axis=1).mean() == 1.0 and (strong.sum(axis=1) == 3).all()
+    for regime in (False, True):
+        for kind, by_night in ((strong, -2.0 if regime else 0.0), (faint, 0.0)):
+            chosen = kind & (crowded == regime)[:, None]
+            x = expected[chosen]
+            slope = (x @ session[chosen]) / (x @ x)
+            assert slope == pytest.approx(1.0, abs=4 * 0.95 / np.sqrt(x @ x))
+            assert (x @ night[chosen]) / (x @ x) == pytest.approx(by_night, abs=4 * 0.32 / np.sqrt(x @ x))
+
+
+def test_regimes_of_the_hidden_market_look_alike_from_close_to_close(hidden):
+    """Mean lagged correlation of leaders with followers, volatility, and correlations within a bar: the same in both."""
+    rows = inside(hidden)
+    returns = np.zeros_like(hidden.close)
+    returns[rows] = np.log(hidden.close[rows] / hidden.close[rows - 1]) / 0.01
+    rows = np.setdiff1d(rows, hidden.segments + 1)
+    crowded = hidden.hidden["regime"][rows] == CROWDED
+    now, before = returns[rows], returns[rows - 1]
+    for kind in (now**2, np.abs(now[:, :, None] * before[:, None, :]), np.abs(now[:, :, None] * now[:, None, :])):
+        of_bar = kind.reshape(len(rows), -1).mean(axis=1)
+        a, b = of_bar[crowded], of_bar[~crowded]
+        assert abs(a.mean() - b.mean()) < 5 * np.sqrt(a.var() / len(a) + b.var() / len(b)) < 0.05 * b.mean()
+
+
+def test_news_tells_the_regimes_apart_once():
+    """All symbols one way, or half of them each way, in the first bar of a regime and in no other; nobody follows it."""
+    panel = make_panel("synthetic:hidden:bars=3000:train=4:val=1:test=1:news=50:beta_slow=0:beta_fast=0", 2)
+    session, regime = np.log(panel.close / panel.open) / 0.01, panel.hidden["regime"]
+    began = np.union1d(np.flatnonzero(np.diff(regime) != 0) + 1, panel.segments)
+    large = np.abs(session) > 40
+    assert (large.all(axis=1) == large.any(axis=1)).all() and set(np.flatnonzero(large.any(axis=1))) == set(began)
+    up = (session[began] > 0).sum(axis=1)
+    assert set(up[regime[began] == OPEN]) == {0, 10} and set(up[regime[began] == CROWDED]) == {5}
+    assert len({row.tobytes() for row in session[began][regime[began] == CROWDED] > 0}) > 5
+    lengths = np.diff(began)[np.isin(began[1:], panel.segments, invert=True)]
+    assert 100 < lengths.mean() < 200
+
+
 def test_garleanu_pedersen_is_as_described():
     """Factors are stationary and revert at two speeds; the next simple return is the factor plus noise; no gaps."""
     panel = make_panel("synthetic:garleanu-pedersen:bars=3000:train=8:val=1:test=1:vol=0.02:strength=0.3", seed=1)
@@ -199,6 +257,9 @@ def test_noise_earns_nothing_on_average():
         ("synthetic:leadlag:leaders=6:followers=5", ("leaders=6", "followers=5", "at most assets=10")),
         ("synthetic:leadlag:leaders=0", ("leaders=0", "at least 1")),
         ("synthetic:leadlag:lag=0", ("lag=0: expected at least 1",)),
+        ("synthetic:hidden:assets=9", ("assets=9", "even")),
+        ("synthetic:hidden:leaders=3", ("leaders=3, followers=3, assets=10", "half of them")),
+        ("synthetic:hidden:life_fast=0", ("life_fast=0: expected at least 1",)),
         ("synthetic:leadlag:life_fast=0.5", ("life_fast=0.5: expected",)),
         ("synthetic:leadlag:vol_slow=-1", ("vol_slow=-1.0: expected",)),
         ("synthetic:noise:vol=nan", ("vol=nan: expected",)),
