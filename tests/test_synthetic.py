@@ -161,6 +161,29 @@ def test_regimes_of_the_hidden_market_look_alike_from_close_to_close(hidden):
         assert abs(a.mean() - b.mean()) < 5 * np.sqrt(a.var() / len(a) + b.var() / len(b)) < 0.05 * b.mean()
 
 
+def test_sides_of_the_strong_network_change_places_and_leaders_come_first():
+    """Every 50 bars; what moves the followers is the leaders' bar before, and nothing of the same bar."""
+    panel = make_panel("synthetic:hidden:bars=3000:train=2:val=1:test=1:life_fast=50:beta_slow=0:news=0", 4)
+    for history in (rows for split in SPLITS for rows in histories(panel, split)):
+        expected = (
+            panel.hidden["expected_return"][history][1:] * np.where(panel.hidden["regime"][history][1:] == OPEN, 1, -1)[:, None]
+        )
+        returns = np.diff(np.log(panel.close[history]), axis=0)
+        followers = expected != 0
+        changes = np.flatnonzero((followers[1:] != followers[:-1]).any(axis=1))
+        assert (np.diff(changes) == 50).all() and len(changes) in (59, 60)
+        sets = {row.tobytes() for row in followers}
+        assert len(sets) == 2 and not np.logical_and(*(np.frombuffer(row, bool) for row in sets)).any()
+        one, other = (np.frombuffer(row, bool) for row in sorted(sets))
+        for led, leading in ((one, other), (other, one)):
+            bars = np.flatnonzero((followers == led).all(axis=1))
+            bars = bars[bars > 0]
+            lead = expected[bars][:, led].mean(axis=1)
+            np.testing.assert_allclose(expected[bars][:, led], np.tile(lead[:, None], led.sum()))
+            before, same = (returns[bars - lag][:, leading].mean(axis=1) for lag in (1, 0))
+            assert np.corrcoef(lead, before)[0, 1] > 0.4 and abs(np.corrcoef(lead, same)[0, 1]) < 0.15
+
+
 def test_news_tells_the_regimes_apart_once():
     """All symbols one way, or half of them each way, in the first bar of a regime and in no other; nobody follows it."""
     panel = make_panel("synthetic:hidden:bars=3000:train=4:val=1:test=1:news=50:beta_slow=0:beta_fast=0", 2)
