@@ -40,7 +40,7 @@ def weights_actor(data: PortfolioData, targets: np.ndarray, noise: float, rng: n
     """
     taken_over = pd.DataFrame(targets).groupby(data.panel.segment_of_row).ffill().to_numpy()
 
-    def act(obs, mask, rows, _):
+    def act(obs, mask, rows, *_):
         held = obs[:, data.layout["weights"]].astype(np.float64)
         empty = ~held.any(axis=1, keepdims=True)
         return explore(scores(data, np.where(empty, taken_over[rows], targets[rows]), held, rows), noise, rng)
@@ -84,7 +84,7 @@ def random_actor(data: PortfolioData, size: int, rng: np.random.Generator) -> Ac
     Where scores are changes of the weights held, their means undo these: the weights ordered do not wander off.
     """
 
-    def act(obs, mask, rows, _):
+    def act(obs, mask, rows, *_):
         centre = np.zeros((len(obs), size))
         if data.config.orders == "change":
             held = obs[:, data.layout["weights"]]
@@ -101,7 +101,7 @@ def lookback_actor(choice: np.ndarray, epsilon: float, rng: np.random.Generator)
     """
     policy = references.hold(choice)
 
-    def act(obs, mask, rows, _):
+    def act(obs, mask, rows, *_):
         wanted = policy(obs, mask, rows)
         uniform = np.where(mask, rng.random(mask.shape), -1.0).argmax(axis=1)
         actions = np.where(rng.random(len(rows)) < epsilon, uniform, wanted)

@@ -26,7 +26,7 @@ from envs.panel import Panel, Split
 from envs.vector import MarketVectorEnv
 
 LEDGER = ("split", "market", "timestamp", *RECORD, "action")
-SAME = 1e-12  # returns per bar that differ by less do not vary: rounding
+SAME = 1e-10  # returns that differ by no more than this share of the largest do not vary: rounding
 PACKAGES = ("torch", "numpy", "numba", "gymnasium", "pandas", "tyro")
 
 # policy(observations (n, D), action masks (n, A) or None, rows of the panel (n,)) -> actions (n, ...)
@@ -142,7 +142,7 @@ def summarise(ledger: pd.DataFrame, bars_per_year: float, resamples: int = 1000,
 
 def sharpe_interval(returns, market, bars_per_year: float, resamples: int, seed: int) -> tuple[float, float, str]:
     """95% interval of the Sharpe ratio, as `interval` draws it; NaN where returns do not vary."""
-    if len(returns) < 20 or np.ptp(returns) < SAME:
+    if len(returns) < 20 or constant(returns):
         return float("nan"), float("nan"), "returns do not vary"
     return interval(
         returns, market, lambda n, s, q: s / n / np.sqrt((q - s * s / n) / (n - 1)) * np.sqrt(bars_per_year), resamples, seed
@@ -199,9 +199,14 @@ def quantile_levels(units: int | None = None) -> tuple[float, float]:
     return low, 1.0 - low
 
 
+def constant(returns: np.ndarray) -> bool:
+    """Whether returns (n,) are all the same but for rounding."""
+    return bool(np.ptp(returns) <= SAME * np.abs(returns).max())
+
+
 def sharpe(returns: np.ndarray, bars_per_year: float) -> float:
     """Annualised Sharpe ratio of returns per bar; 0 where they do not vary."""
-    if len(returns) < 2 or np.ptp(returns) < SAME:
+    if len(returns) < 2 or constant(returns):
         return 0.0
     return float(returns.mean() / returns.std(ddof=1) * np.sqrt(bars_per_year))
 

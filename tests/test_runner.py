@@ -308,13 +308,14 @@ TERMS = "--costs institutional --fill auto"
 DRAWN = ("synthetic:noise", "shuffled:sp500", "bootstrap:sp500", "crossed:sp500")
 GP, MERTON, TAIL = "synthetic:garleanu-pedersen", "synthetic:merton", "synthetic:tail"
 OWN = (GP, MERTON, TAIL)  # with costs of their own
+LEADLAG, HIDDEN = "synthetic:leadlag", "synthetic:hidden"
 
 
 def test_a_full_run(tree):
     (tree.root / "algos" / "fake_unheardof.py").write_text(FAKE)
     (tree.root / "algos" / "__init__.py").touch()
     every = {
-        "fake_unheardof": ("sp500", *DRAWN), "fake_leadlag": ("synthetic:leadlag", "sp500", *DRAWN),
+        "fake_unheardof": ("sp500", *DRAWN), "fake_leadlag": (LEADLAG, "sp500", HIDDEN, *DRAWN),
         "fake_portfolio": (GP, "sp500", MERTON, TAIL, *DRAWN),
     }  # fmt: skip
     expected = [
@@ -325,7 +326,7 @@ def test_a_full_run(tree):
     ]
     expected += [
         f"baselines {market} {seed} {'--fill auto' if market in OWN else TERMS}"
-        for market in {"sp500", "synthetic:leadlag", *OWN, *DRAWN}
+        for market in {"sp500", LEADLAG, HIDDEN, *OWN, *DRAWN}
         for seed in ((1,) if market == "sp500" else (1, 2, 3, 4, 5))
     ]
     assert sorted(commands(tree)) == sorted(expected)
@@ -426,7 +427,7 @@ def test_choices(tree):
     assert [line.split()[1] for line in commands(tree, **one, markets=("a.csv",), protocol=("monte-carlo",))] == [
         "a.csv", "bootstrap:sp500"
     ]  # fmt: skip
-    assert [line.split()[1] for line in commands(tree, **one, protocol=())] == ["synthetic:leadlag", "sp500"]
+    assert [line.split()[1] for line in commands(tree, **one, protocol=())] == [LEADLAG, "sp500", HIDDEN]
     quick = commands(tree, **one, quick=True, protocol=("noise", "cross-universe"))
     assert [line.split()[1] for line in quick] == ["synthetic:leadlag", "sp500", "synthetic:noise", "crossed:sp500"]
 

@@ -154,7 +154,7 @@ def logged(path, case, **meta):
     panel, splits, data = built(args, options)
     envs = make_env(data, 2, split=splits["train"], **options)
     said = provenance(task, panel.sha256, {}, None, 0.9, [{"policy": "none"}]) | meta
-    log_episodes(path / "d.hdf5", envs, lambda obs, mask, row: (envs.action_space.sample() * 0, None), 1, said, 0)
+    log_episodes(path / "d.hdf5", envs, lambda *_: (envs.action_space.sample() * 0, None), 1, said, 0)
     return Dataset(path / "d.hdf5")
 
 
