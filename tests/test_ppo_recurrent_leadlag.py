@@ -129,11 +129,11 @@ def test_bad_entries_are_named(script, complaint):
 
 
 def test_the_memory_goes_on_from_rollout_to_rollout(script, inside):
-    """Features of a second rollout are those of all steps since the last reset."""
-    options = [*script.short, "--episode-length", "40", "--learning-rate", "0", "--total-timesteps", "2048"]
+    """Features of a second rollout are those of all steps since the last reset, which comes in the middle of it."""
+    options = [*script.short, "--episode-length", "20", "--learning-rate", "0", "--total-timesteps", "2048"]
     g = inside(*options)
     agent, x = g["agent"], g["x"][:-1]
-    assert g["first_state"].abs().min() > 0  # 16 steps into episodes of 40
+    assert g["first_state"].abs().min() > 0 and g["done"].any(dim=0).all()  # 16 steps into episodes of 20
     memory = g["first_state"]
     for step in range(len(x)):
         features, memory = agent.remember(x[step : step + 1], memory)
