@@ -41,13 +41,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {LeadLagData: Path("algos") / "ppo_leadlag.py", PortfolioData: Path("algos") / "ppo_portfolio.py"}
 ENVS = {LeadLagData: (LeadLagVectorEnv, LeadLagEnv), PortfolioData: (PortfolioVectorEnv, PortfolioEnv)}
 INSTALL = 'not installed: pip install -e ".[peers]"'
-PEERS = ("stable-baselines3", "gym-trading-env", "gym-anytrading")
+PEERS = ("stable-baselines3", "sb3-contrib", "gym-trading-env", "gym-anytrading")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 THREADS = sorted({1, min(2, CORES), CORES})
 # the script's defaults, which stable-baselines3 gets too; (n, steps): markets, bars per market and rollout
 NUM_ENVS, NUM_STEPS, MINIBATCHES, EPOCHS = 1024, 32, 4, 1
 DIFFMARKET, LOOKBACK, WINDOWS, GROUP = Path("algos") / "grpo_diffmarket.py", 128, 64, 4
 SB3_SMALL = (8, 128)
+RECURRENT, CARTPOLE_STEPS = Path("algos") / "ppo_recurrent_leadlag.py", 25_600
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Args:
     """rounds of every interleaved comparison (0: 11, with --quick 3); those that train run a third as many"""
     only: tuple[str, ...] = ()
     """sections to run: memory, env, lookback, rollout, peers, training, portfolio-peers, portfolio-training,
-    diffmarket (all by default)"""
+    recurrent, diffmarket (all by default)"""
     market: str = "synthetic:leadlag:val=1:test=1"
     """market of the sections on LeadLag-v0 but memory: by default the training histories that the script has by default"""
     portfolio: str = "synthetic:noise:assets=30:val=1:test=1"
@@ -325,11 +326,48 @@ def measure_training(args, data):
     return compare(section, contestants, max(1, args.repeats // 3), faster_by=True, targets=targets)
 
 
-def script(args, path, market, threads, *options):
+def measure_recurrent(args, data):
+    """The script as a process beside sb3-contrib's RecurrentPPO in this one: CartPole-v1 without velocities, and the market."""
+    rows, repeats = [], max(1, args.repeats // 3)
+    seen = ["--observed", 0, 2]
+    for task, (n, num_steps, minibatches, epochs), options, steps in (
+        ("CartPole-v1 without velocities", (8, 32, 1, 10), ["--env-id", "CartPole-v1", *seen], CARTPOLE_STEPS),
+        ("LeadLag-v0", (256, 128, MINIBATCHES, EPOCHS), [], args.train_steps),
+    ):
+        sizes = ["--num-envs", n, "--num-steps", num_steps, "--num-minibatches", minibatches, "--update-epochs", epochs]
+        name, peer = f"{RECURRENT}, {task}, 1 thread", f"RecurrentPPO, {task}, 1 thread"
+        contestants = {name: script(args, RECURRENT, data.panel.name, 1, *options, *sizes, steps=steps), peer: INSTALL}
+        with contextlib.suppress(ImportError):
+            contestants[peer] = recurrent_sb3(args, data, task, n, num_steps, minibatches, epochs)
+        rows += compare("recurrent", contestants, repeats, faster_by=True, targets=[(peer, 5, np.inf)])
+    return rows
+
+
+def recurrent_sb3(args, data, task, n, num_steps, minibatches, epochs):
+    """With the script's networks: one LSTM of 64 units for both, then 64-64; one call learns from one batch."""
+    import torch
+    from sb3_contrib import RecurrentPPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    def cartpole():
+        env = gym.make("CartPole-v1")
+        return gym.wrappers.TransformObservation(env, lambda x: x[[0, 2]], gym.spaces.Box(-np.inf, np.inf, (2,), np.float32))
+
+    torch.set_num_threads(1)
+    env = make_vec_env(cartpole, n) if task.startswith("CartPole") else one_vector_env(data, n)
+    policy = dict(lstm_hidden_size=64, shared_lstm=True, enable_critic_lstm=False, net_arch={"pi": [64, 64], "vf": [64, 64]})
+    model = RecurrentPPO(
+        "MlpLstmPolicy", env, n_steps=num_steps, batch_size=n * num_steps // minibatches, n_epochs=epochs, gamma=0.98,
+        gae_lambda=0.8, learning_rate=1e-3, policy_kwargs=policy, device="cpu", seed=0,
+    )  # fmt: skip
+    return timed(lambda: model.learn(n * num_steps, reset_num_timesteps=False), n * num_steps, args.seconds)
+
+
+def script(args, path, market, threads, *options, steps=None):
     def measure():
         with tempfile.TemporaryDirectory() as runs:
             command = [sys.executable, path, "--market", market, "--runs-dir", runs, "--no-cuda", *options]
-            command += ["--total-timesteps", args.train_steps, "--num-threads", threads]
+            command += ["--total-timesteps", steps or args.train_steps, "--num-threads", threads]
             done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{path} failed:\n{done.stderr[-3000:]}")
@@ -338,14 +376,14 @@ def script(args, path, market, threads, *options):
     return measure
 
 
-def one_vector_env(data):
+def one_vector_env(data, num_envs=NUM_ENVS):
     """Its best case: all markets in one call, behind the thinnest VecEnv that keeps the API."""
     from stable_baselines3.common.vec_env import VecEnv
 
     class Adapter(VecEnv):
         def __init__(self):
-            self.env = ENVS[type(data)][0](NUM_ENVS, data=data)
-            super().__init__(NUM_ENVS, self.env.single_observation_space, self.env.single_action_space)
+            self.env = ENVS[type(data)][0](num_envs, data=data)
+            super().__init__(num_envs, self.env.single_observation_space, self.env.single_action_space)
 
         def reset(self):
             return self.env.reset(seed=0)[0]
@@ -470,6 +508,7 @@ SECTIONS = {
     "training": (measure_training, "Training: rollout and update, 64-64 tanh networks", "the first row is faster by"),
     "portfolio-peers": (measure_portfolio_peers, "Portfolio-v0 alone, beside another package", "the first row is faster by"),
     "portfolio-training": (measure_training, "Training on Portfolio-v0, 64-64 tanh networks", "the first row is faster by"),
+    "recurrent": (measure_recurrent, "Training with a memory: an LSTM of 64 units", "the script is faster by"),
     "diffmarket": (
         measure_diffmarket, f"Training through the differentiable market, lookback {LOOKBACK}, {WINDOWS} windows x {GROUP}",
         "the script is faster by",
@@ -484,6 +523,9 @@ NOTES = {
     "the other, without the rebalancing between them.",
     "diffmarket": "Pathwise gradients. Prices do not depend on orders, so the script reads a window once for all of its "
     "rollouts; the loop reads the last bars again at each bar, for each rollout, as an environment's observation would.",
+    "recurrent": "CartPole-v1 with rl-zoo's sizes, 10 epochs. RecurrentPPO has the script's networks and learns in this "
+    "process, after a warm-up; on the market from our vector env, without action masks. The script runs as a process; its "
+    "steps/s leave out start-up, validation backtests and the final report.",
     "training": f"SB3 has the script's networks, {EPOCHS} epochs and {MINIBATCHES} minibatches per epoch, after a warm-up, on "
     "the same tables, without action masks (a masked action keeps the lookback). The script runs as a process; its steps/s "
     "leave out start-up, validation backtests and the final report.",

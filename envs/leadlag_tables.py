@@ -80,7 +80,7 @@ class LeadLagMarket(NamedTuple):
     targets: np.ndarray  # (T, K, N) float32 weights of the follower portfolio
     valid: np.ndarray  # (T, K) bool: history, coverage and liquidity suffice
     matrix: np.ndarray  # (T, K, E + 3) float32: what an agent sees of matrix (t, k); MATRIX names the last three
-    context: np.ndarray  # (T, K + F) float32: strength of all K matrices, then the regime features
+    context: np.ndarray  # (T, K + F + E) float32: strength of all K matrices, regime features, extra series
     stability: np.ndarray  # (T, K, K) float32: matrix k now against matrix k' one bar before
     starts: np.ndarray  # (R,) first row of each range at which a decision can be taken
     stops: np.ndarray  # (R,) end of each range
@@ -90,7 +90,8 @@ class LeadLagData:
     """A panel with the tables of LeadLag-v0 over it, shared by all environments on that panel.
 
     Attributes: `panel`, `config`, `costs` (Costs), `fill`, `lookbacks` (K,), `signal` (LeadLagSignal), and `layout`: the
-    name of each block of the observation -> slice. Raises ValueError naming the field, PanelError for the panel.
+    name of each block of the observation -> slice. A panel's extra series are seen too, 0 where nothing is known yet. Raises
+    ValueError naming the field, PanelError for the panel.
     """
 
     def __init__(self, panel: Panel, config: LeadLagConfig = LeadLagConfig()):
@@ -116,11 +117,12 @@ class LeadLagData:
         held = np.arange(count)
         about = np.stack([self.signal.stability[:, held, held], self.extremity, self.signal.strength], axis=2)
         self.matrix = np.concatenate([encoded, about], axis=2)
-        self.context = np.concatenate([self.signal.strength, self.regime], axis=1)
+        series = np.column_stack([np.zeros((panel.num_bars, 0)), *(np.nan_to_num(x) for x in panel.extras.values())])
+        self.context = np.concatenate([self.signal.strength, self.regime, series.astype(np.float32)], axis=1)
         self.layout, at = {}, 0
         for name, size in (
             ("signal", encoded.shape[2]), *((name, 1) for name in MATRIX), ("strengths", count),
-            ("regime", len(REGIME_FEATURES)), ("lookback", count), ("portfolio", 3),
+            ("regime", len(REGIME_FEATURES)), ("series", series.shape[1]), ("lookback", count), ("portfolio", 3),
         ):  # fmt: skip
             self.layout[name] = slice(at, at + size)
             at += size

@@ -285,11 +285,15 @@ def test_follower_portfolios_equal_the_slow_definition(hedge, top_fraction):
 
 @pytest.mark.parametrize("encoder, size", (("rows", 6), ("topk", 6), ("full", 15)))
 def test_observation_blocks(encoder, size):
-    data = LeadLagData(ragged_panel(11), replace(TINY, encoder=encoder, topk=2))
+    panel = ragged_panel(11)
+    shared, own = np.random.default_rng(2).standard_normal(panel.num_bars), 2.0 * panel.close
+    shared[:20] = np.nan  # nothing is known of it yet
+    data = LeadLagData(replace(panel, extras={"shared": shared, "own": own}), replace(TINY, encoder=encoder, topk=2))
     env = make_env(data, 3, split=whole(data.panel), episode_length=25)
     at, count = data.layout, len(data.lookbacks)
-    assert [s.stop - s.start for s in at.values()] == [size, 1, 1, 1, count, data.regime.shape[1], count, 3]
-    assert list(at) == ["signal", "stability", "extremity", "strength", "strengths", "regime", "lookback", "portfolio"]
+    assert [s.stop - s.start for s in at.values()] == [size, 1, 1, 1, count, data.regime.shape[1], 7, count, 3]
+    blocks = ["signal", "stability", "extremity", "strength", "strengths", "regime", "series", "lookback", "portfolio"]
+    assert list(at) == blocks
     assert env.single_observation_space.shape == (at["portfolio"].stop,)
     table = {"rows": data.signal.scores, "full": data.signal.matrix, "topk": data.matrix[..., :size]}[encoder]
     assert encoder != "topk" or np.abs(table[..., :2] - np.sort(data.signal.scores, axis=2)[..., :-3:-1])[40:].max() < 1
@@ -305,6 +309,8 @@ def test_observation_blocks(encoder, size):
         np.testing.assert_array_equal(obs[at["strengths"]], data.signal.strength[t])
         np.testing.assert_array_equal(obs[at["lookback"]], np.arange(count) == k)
         np.testing.assert_array_equal(obs[at["regime"]], data.regime[t])
+        known = np.nan_to_num(np.append(shared[t], own[t])).astype(np.float32)
+        np.testing.assert_array_equal(obs[at["series"]], known)
         ended = np.flatnonzero(log["truncated"][:n, i])
         first = ended[-1] + 1 if len(ended) else 0
         path = np.append(1.0, equity[first:n, i])
