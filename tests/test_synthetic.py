@@ -121,9 +121,7 @@ def test_regimes_tell_themselves_apart_by_volatility(many_bars):
 @pytest.fixture(scope="module")
 def hidden():
     """Few networks: what followers do alone."""
-    return make_panel(
-        "synthetic:hidden:bars=3000:train=20:val=1:test=1:life_slow=1e9:life_fast=1000000:beta_slow=0.5", 3
-    )
+    return make_panel("synthetic:hidden:bars=3000:train=20:val=1:test=1:life_slow=1e9:life_fast=1000000:beta_slow=0.5", 3)
 
 
 def test_expectations_of_the_hidden_market_are_conditional_means(hidden):
