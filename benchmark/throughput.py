@@ -328,33 +328,43 @@ def measure_training(args, data):
 
 def measure_recurrent(args, data):
     """The script as a process beside sb3-contrib's RecurrentPPO in this one: CartPole-v1 without velocities, and the market."""
+    cartpole = ["--env-id", "CartPole-v1", "--observed", 0, 2]
     rows, repeats = [], max(1, args.repeats // 3)
-    seen = ["--observed", 0, 2]
-    for task, (n, num_steps, minibatches, epochs), options, steps in (
-        ("CartPole-v1 without velocities", (8, 32, 1, 10), ["--env-id", "CartPole-v1", *seen], CARTPOLE_STEPS),
+    for task, sizes, options, steps in (
+        ("CartPole-v1 without velocities", (8, 32, 1, 10), cartpole, CARTPOLE_STEPS),
         ("LeadLag-v0", (256, 128, MINIBATCHES, EPOCHS), [], args.train_steps),
     ):
-        sizes = ["--num-envs", n, "--num-steps", num_steps, "--num-minibatches", minibatches, "--update-epochs", epochs]
-        name, peer = f"{RECURRENT}, {task}, 1 thread", f"RecurrentPPO, {task}, 1 thread"
-        contestants = {name: script(args, RECURRENT, data.panel.name, 1, *options, *sizes, steps=steps), peer: INSTALL}
-        with contextlib.suppress(ImportError):
-            contestants[peer] = recurrent_sb3(args, data, task, n, num_steps, minibatches, epochs)
-        rows += compare("recurrent", contestants, repeats, faster_by=True, targets=[(peer, 5, np.inf)])
+        for flag, size in zip(("--num-envs", "--num-steps", "--num-minibatches", "--update-epochs"), sizes):
+            options = [*options, flag, size]
+        contestants = {f"{RECURRENT}, {task}": script(args, RECURRENT, data.panel.name, 1, *options, steps=steps)}
+        dummy, vector = (f"RecurrentPPO, {task}, {envs}" for envs in ("DummyVecEnv", "our vector env"))
+        try:
+            contestants |= {dummy: recurrent_sb3(args, recurrent_envs(data, task, sizes[0]), *sizes)}
+            if task == "LeadLag-v0":
+                contestants |= {vector: recurrent_sb3(args, one_vector_env(data, sizes[0]), *sizes)}
+        except ImportError:
+            contestants |= {dummy: INSTALL}
+        rows += compare("recurrent", contestants, repeats, faster_by=True, targets=[(dummy, 5, np.inf)])
     return rows
 
 
-def recurrent_sb3(args, data, task, n, num_steps, minibatches, epochs):
-    """With the script's networks: one LSTM of 64 units for both, then 64-64; one call learns from one batch."""
-    import torch
-    from sb3_contrib import RecurrentPPO
+def recurrent_envs(data, task, n):
+    """A DummyVecEnv of Monitors, as its users make it."""
     from stable_baselines3.common.env_util import make_vec_env
 
     def cartpole():
         env = gym.make("CartPole-v1")
         return gym.wrappers.TransformObservation(env, lambda x: x[[0, 2]], gym.spaces.Box(-np.inf, np.inf, (2,), np.float32))
 
+    return make_vec_env((lambda: ENVS[type(data)][1](data=data)) if task == "LeadLag-v0" else cartpole, n)
+
+
+def recurrent_sb3(args, env, n, num_steps, minibatches, epochs):
+    """With the script's networks: one LSTM of 64 units for both, then 64-64; one call learns from one batch."""
+    import torch
+    from sb3_contrib import RecurrentPPO
+
     torch.set_num_threads(1)
-    env = make_vec_env(cartpole, n) if task.startswith("CartPole") else one_vector_env(data, n)
     policy = dict(lstm_hidden_size=64, shared_lstm=True, enable_critic_lstm=False, net_arch={"pi": [64, 64], "vf": [64, 64]})
     model = RecurrentPPO(
         "MlpLstmPolicy", env, n_steps=num_steps, batch_size=n * num_steps // minibatches, n_epochs=epochs, gamma=0.98,
@@ -508,7 +518,7 @@ SECTIONS = {
     "training": (measure_training, "Training: rollout and update, 64-64 tanh networks", "the first row is faster by"),
     "portfolio-peers": (measure_portfolio_peers, "Portfolio-v0 alone, beside another package", "the first row is faster by"),
     "portfolio-training": (measure_training, "Training on Portfolio-v0, 64-64 tanh networks", "the first row is faster by"),
-    "recurrent": (measure_recurrent, "Training with a memory: an LSTM of 64 units", "the script is faster by"),
+    "recurrent": (measure_recurrent, "Training with a memory: an LSTM of 64 units, 1 thread", "the script is faster by"),
     "diffmarket": (
         measure_diffmarket, f"Training through the differentiable market, lookback {LOOKBACK}, {WINDOWS} windows x {GROUP}",
         "the script is faster by",
@@ -524,8 +534,8 @@ NOTES = {
     "diffmarket": "Pathwise gradients. Prices do not depend on orders, so the script reads a window once for all of its "
     "rollouts; the loop reads the last bars again at each bar, for each rollout, as an environment's observation would.",
     "recurrent": "CartPole-v1 with rl-zoo's sizes, 10 epochs. RecurrentPPO has the script's networks and learns in this "
-    "process, after a warm-up; on the market from our vector env, without action masks. The script runs as a process; its "
-    "steps/s leave out start-up, validation backtests and the final report.",
+    "process, after a warm-up; on the market without action masks. The script runs as a process; its steps/s "
+    "leave out start-up, validation backtests and the final report.",
     "training": f"SB3 has the script's networks, {EPOCHS} epochs and {MINIBATCHES} minibatches per epoch, after a warm-up, on "
     "the same tables, without action masks (a masked action keeps the lookback). The script runs as a process; its steps/s "
     "leave out start-up, validation backtests and the final report.",
