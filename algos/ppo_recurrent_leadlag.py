@@ -112,7 +112,7 @@ class Args:
     anneal_fraction: float = 0.5
     """share of training over which those four fade to 0"""
 
-    total_timesteps: int = 8_000_000
+    total_timesteps: int = 4_000_000
     """steps of all markets together"""
     memory: Literal["lstm", "gru", "none"] = "lstm"
     """what remembers; none: PPO without memory, to compare with"""
