@@ -34,6 +34,7 @@ PRESETS = {
         "alpha": "log:0.01:5",
         "tau": "log:1e-3:2e-2",
         "top-percent": "10|25|50|100",
+        "top-fraction": "0.1:0.5",  # of LeadLag-v0's symbols, to lead and to follow
     },
     # of ppo_portfolio: penalties per bar beside a log growth of some 1e-4, and 1e-4 of squared returns
     REWARD_WEIGHTS: {
