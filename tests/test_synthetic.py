@@ -193,8 +193,9 @@ def test_news_tells_the_regimes_apart_slowly():
     began = np.union1d(np.flatnonzero(np.diff(regime) != 0) + 1, panel.segments)
     lengths = np.diff(began)[np.isin(began[1:], panel.segments, invert=True)]
     assert lengths.mean() == pytest.approx(150, abs=4 * 150 / np.sqrt(len(lengths)))
-    silent = make_panel("synthetic:hidden:bars=3000:train=20:val=1:test=1:news=0", 2)
-    np.testing.assert_array_equal(silent.close, panel.close)
+    loud = make_panel("synthetic:hidden:bars=3000:train=20:val=1:test=1:news=20", 2)
+    np.testing.assert_array_equal(loud.close, panel.close)
+    np.testing.assert_array_equal(loud.extras["news"] > 0, regime == OPEN)  # of this bar, and no other
 
 
 def test_garleanu_pedersen_is_as_described():
