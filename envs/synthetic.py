@@ -371,9 +371,60 @@ class Tail(Histories):
         return np.zeros(returns.shape), returns, {key: np.tile(value, (self.bars, 1)) for key, value in truth.items()}, {}
 
 
+@dataclass(frozen=True)
+class OrnsteinUhlenbeck(Histories):
+    """Log prices that revert to a level: buying low pays, and costs make it best to do nothing inside a band.
+
+    The deviation of an asset's log price from its level, log(100), is an Ornstein-Uhlenbeck process, sampled at opens and closes;
+    the night is OVERNIGHT^2 of a bar. It halves in `half_life` bars, on average, and `vol` is the standard deviation of what a bar
+    adds. Histories begin in the stationary distribution; assets are independent. In `hidden`: `deviation` at the close,
+    `half_life` and `volatility`; `trading_references.optimal_band` knows what is best.
+    """
+
+    train: int = 20
+    half_life: float = 10.0
+    vol: float = 0.01
+
+    def __post_init__(self):
+        Histories.__post_init__(self)
+        self.expect(half_life=0.5)
+        if not 0 < self.vol < 1:
+            raise ValueError(f"synthetic market: vol={self.vol}: expected a number between 0 and 1")
+
+    def draw(self, rng: np.random.Generator):
+        shape = (self.bars, self.assets)
+        shocks = rng.standard_normal((2, *shape))
+        moves, deviation, x = np.zeros((2, *shape)), np.zeros(shape), np.zeros(self.assets)
+        for t in range(self.bars):
+            if t == 0:
+                moves[1, 0] = x = stationary_deviation(self.half_life, self.vol) * shocks[1, 0]
+            else:
+                for part, share in enumerate((OVERNIGHT**2, INTRADAY**2)):
+                    keep, noise = reversion(self.half_life, self.vol, share)
+                    moves[part, t] = (keep - 1.0) * x + noise * shocks[part, t]
+                    x = x + moves[part, t]
+            deviation[t] = x
+        hidden = {"deviation": deviation, "half_life": np.full(shape, self.half_life), "volatility": np.full(shape, self.vol)}
+        return moves[0], moves[1], hidden, {}
+
+
+def reversion(half_life: float, vol: float, share: float = 1.0) -> tuple[float, float]:
+    """What `share` of a bar leaves of an Ornstein-Uhlenbeck deviation, and the standard deviation of what it adds.
+
+    half_life in bars; vol is what a whole bar adds. A share s adds vol * sqrt((1 - k^2s) / (1 - k^2)), k = 2^(-1 / half_life).
+    """
+    keep = 0.5 ** (1.0 / half_life)
+    return keep**share, vol * np.sqrt((1.0 - keep ** (2.0 * share)) / (1.0 - keep**2))
+
+
+def stationary_deviation(half_life: float, vol: float) -> float:
+    """Standard deviation of the stationary distribution of the deviation."""
+    return vol / np.sqrt(1.0 - 0.5 ** (2.0 / half_life))
+
+
 MARKETS = {
     "leadlag": LeadLag, "hidden": Hidden, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton,
-    "black-scholes": BlackScholes, "tail": Tail,
+    "black-scholes": BlackScholes, "tail": Tail, "ou": OrnsteinUhlenbeck,
 }  # fmt: skip
 
 
