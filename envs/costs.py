@@ -311,3 +311,17 @@ def account_step(weights, target, to_fill, to_mark, status, impact, years, fill_
     record[GROSS_EXPOSURE] = gross / after if after > 0.0 else 0.0
     record[NET_EXPOSURE] = net / after if after > 0.0 else 0.0
     return growth
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def combine_records(first, second):
+    """Make `first` (RECORD) the record of one bar that was accounted for in two steps, `second` following within it.
+
+    Fractions of the second step are of the equity that the first one left: they count its growth times. Turnovers, each a
+    fraction of the equity at its own fill, add up; exposures stay those just after the first fill. The identity of RECORD holds
+    as it did for both. The equity is not touched.
+    """
+    growth = 1.0 + first[NET_RETURN]
+    for field in range(TURNOVER):
+        first[field] += growth * second[field]
+    first[TURNOVER] += second[TURNOVER]

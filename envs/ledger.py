@@ -36,22 +36,24 @@ Policy = Callable[[np.ndarray, np.ndarray | None, np.ndarray], np.ndarray]
 def backtest(envs: MarketVectorEnv, policy: Policy, panel: Panel, split: Split) -> pd.DataFrame:
     """Run `policy` once from the start to the end of every range of `split`; returns its ledger.
 
-    `envs` must hold one market per range, made with random_start=False and episode_length=0. A market that is
-    ruined stays in the ledger to the end of its range, flat and without return. Timestamps are those of the marks. `action` is
-    what the policy chose, or, where actions are scores, the weights that the environment made of them and ordered.
+    `envs` must hold one market per range (Trading-v0: per range and symbol), made with random_start=False and
+    episode_length=0; what it says of them (`ledger_labels`) are further columns. A market that is ruined stays in the ledger
+    to the end of its range, flat and without return. Timestamps are those of the marks. `action` is what the policy chose,
+    or, where the environment makes something else of it, that (`infos["choice"]`): the weights ordered, the order executed.
     A policy that keeps account of what it earns has an attribute `after`, called after each bar with the rewards (n,) and
     whether each market's range is over (n,).
     """
-    ranges = len(split.ranges)
-    if envs.num_envs != ranges:
-        raise ValueError(f"backtest: {envs.num_envs} markets for split {split.name!r}; expected one per range: {ranges}")
+    markets = envs.num_runs
+    if envs.num_envs != markets:
+        what = "range" if markets == len(split.ranges) else "range and symbol"
+        raise ValueError(f"backtest: {envs.num_envs} markets for split {split.name!r}; expected one per {what}: {markets}")
     obs, infos = envs.reset(seed=0)
     first = infos["row"]
-    steps = split.ranges[:, 1] - 1 - first
-    records = np.zeros((steps.max(), ranges, len(RECORD)))
-    extra = np.zeros((steps.max(), ranges, len(envs.ledger_columns)))
+    steps = envs.stops - 1 - first
+    records = np.zeros((steps.max(), markets, len(RECORD)))
+    extra = np.zeros((steps.max(), markets, len(envs.ledger_columns)))
     actions = None
-    alive = np.ones(ranges, bool)
+    alive = np.ones(markets, bool)
     for t in range(steps.max()):
         action = policy(obs, infos.get("action_mask"), infos["row"])
         obs, reward, terminated, truncated, infos = envs.step(action)
@@ -67,7 +69,7 @@ def backtest(envs: MarketVectorEnv, policy: Policy, panel: Panel, split: Split) 
         actions[t, alive] = chosen[alive]
         alive &= ~(terminated | truncated)
     records = np.concatenate([records, extra], axis=2)
-    return _frame(panel, split, first, steps, records, actions, envs.ledger_columns)
+    return _frame(panel, split, first, steps, records, actions, envs.ledger_columns, envs.ledger_labels())
 
 
 def backtest_weights(panel: Panel, ex: Execution, rates: np.ndarray, split: Split, targets: np.ndarray, first=None):
@@ -94,8 +96,11 @@ def _run_weights(ex, rates, first, steps, targets, records):
         records[step, EQUITY] = equity
 
 
-def _frame(panel, split, first, steps, records, actions, extra=()):
-    """Records (steps, markets, fields) as a ledger, one market after the other; `extra` names the fields beyond RECORD."""
+def _frame(panel, split, first, steps, records, actions, extra=(), labels=None):
+    """Records (steps, markets, fields) as a ledger, one market after the other.
+
+    extra: names of the fields beyond RECORD. labels: further columns, name -> (markets,).
+    """
     parts = []
     for r in range(len(first)):
         frame = pd.DataFrame(records[: steps[r], r], columns=[*RECORD, *extra])
@@ -104,7 +109,41 @@ def _frame(panel, split, first, steps, records, actions, extra=()):
         frame.insert(0, "split", split.name)
         flat = actions[: steps[r], r].reshape(steps[r], -1)
         frame["action"] = flat[:, 0] if flat.shape[1] == 1 else list(flat)
+        for name, values in (labels or {}).items():
+            frame[name] = values[r]
         parts.append(frame)
+    return pd.concat(parts, ignore_index=True)
+
+
+def book(ledger: pd.DataFrame) -> pd.DataFrame:
+    """One account per range of a ledger with one per range and symbol: columns LEDGER, `market` the number of the range.
+
+    It gives every symbol of the range an equal budget at the start and lets each run: its equity is their mean. The
+    budget of a symbol is cash, without interest, before its first row and after its last. Returns and costs are fractions of
+    the whole equity at the last mark, so that the identity of costs.RECORD holds; turnover and exposures, which count by the
+    equity at the fill, are means over the symbols by their equity at the last mark. `action` (S,) are the shares of the equity
+    that the symbols, in order of their first rows, hold just after the fill.
+
+    Raises ValueError if the ledger lacks the columns symbol and range.
+    """
+    if not {"symbol", "range"} <= set(ledger.columns):
+        raise ValueError(f"book: columns {list(ledger.columns)}: expected symbol and range among them, as Trading-v0 has")
+    parts = []
+    for number, part in ledger.groupby("range"):
+        times, row = np.unique(part["timestamp"].to_numpy(), return_inverse=True)
+        column, symbols = pd.factorize(part["symbol"])
+        equity = np.full((len(times) + 1, len(symbols)), np.nan)  # row 0: the start
+        equity[0], equity[row + 1, column] = 1.0, part["equity"]
+        equity = pd.DataFrame(equity).ffill().to_numpy()
+        share = equity[:-1] / equity[:-1].sum(axis=1, keepdims=True)
+        shares = {name: np.zeros(share.shape) for name in RECORD[:-1]}  # what the symbols contribute
+        for name, contributed in shares.items():
+            contributed[row, column] = part[name]
+            contributed *= share
+        out = pd.DataFrame({"split": part["split"].iloc[0], "market": number, "timestamp": times})
+        out = out.assign(**{name: contributed.sum(axis=1) for name, contributed in shares.items()})
+        out["equity"], out["action"] = equity[1:].mean(axis=1), list(shares["net_exposure"])
+        parts.append(out)
     return pd.concat(parts, ignore_index=True)
 
 

@@ -21,14 +21,21 @@ from envs.panel import Split
 from envs.portfolio_tables import LONG_ONLY, PortfolioConfig, PortfolioData
 from envs.projection import project
 from envs.synthetic import load_market
-from envs.vector import MarketEnv, MarketVectorEnv, begin_episode
+from envs.vector import (
+    MOMENTS,
+    RATE,
+    MarketEnv,
+    MarketVectorEnv,
+    begin_episode,
+    follow_return,
+    forget_returns,
+    recent_volatility,
+)
 
 LARGEST = 10.0  # scores beyond +-LARGEST count as that
 GUARDS = ("guard_drawdown", "guard_return", "guard_turnover")
 COMPONENTS = ("log_growth", "differential_sharpe", "turnover", "drawdown", "cvar", "variance", *GUARDS)
-RATE = 0.05  # of the moving averages that the agent sees: about 20 bars
-DSR_RATE, DSR_BARS = 1 / 60, 20  # of the differential Sharpe ratio; it is 0 for so many bars
-STATE = ("mean_return", "mean_square", "dsr_mean", "dsr_square", "value_at_risk", "window_growth")
+STATE = MOMENTS + [("value_at_risk", np.float64), ("window_growth", np.float64)]
 Y, LOW, HIGH, CAPS, KAPPA = range(5)  # rows of the kernels' scratch
 
 
@@ -117,7 +124,7 @@ def observe(i, m, p, s, memory, record, obs):
     obs[i, at + 1] = net
     obs[i, at + 2] = s.equity / s.peak - 1.0
     obs[i, at + 3] = s.mean_return
-    obs[i, at + 4] = math.sqrt(max(0.0, s.mean_square - s.mean_return * s.mean_return))
+    obs[i, at + 4] = recent_volatility(s)
     obs[i, at + 5] = record[i, TURNOVER] if s.length > 0 else 0.0
     obs[i, at + 6] = m.gross[t]
 
@@ -127,10 +134,7 @@ def reset_one(i, m, p, state, memory, record, obs):
     """Begin an episode in market i, all in cash: a random window of the split, or, without random_start, range i."""
     s = state[i]
     begin_episode(i, m.starts, m.stops, p.episode_length, p.random_start, s)
-    s.mean_return = 0.0
-    s.mean_square = 0.0
-    s.dsr_mean = 0.0
-    s.dsr_square = 0.0
+    forget_returns(s)
     s.value_at_risk = 0.0
     s.window_growth = 0.0
     memory[i, :] = 0.0
@@ -241,17 +245,7 @@ def report_one(i, m, p, state, memory, b):
     """Second half: reward, end of the episode, observation; a new episode where this one ended."""
     s = state[i]
     r = b.record[i, 0]
-    s.mean_return += RATE * (r - s.mean_return)
-    s.mean_square += RATE * (r * r - s.mean_square)
-    # Differential Sharpe ratio (Moody & Saffell 1998): the derivative of a moving Sharpe ratio with respect to its rate
-    variance = s.dsr_square - s.dsr_mean * s.dsr_mean
-    d_mean, d_square = r - s.dsr_mean, r * r - s.dsr_square
-    b.components[i, 1] = 0.0
-    if s.length > DSR_BARS and variance > 1e-12:
-        b.components[i, 1] = (s.dsr_square * d_mean - 0.5 * s.dsr_mean * d_square) / (variance * math.sqrt(variance))
-    rate = max(DSR_RATE, 1.0 / s.length)  # plain means at first
-    s.dsr_mean += rate * d_mean
-    s.dsr_square += rate * d_square
+    b.components[i, 1] = follow_return(s, r)
     b.components[i, 2] = b.record[i, TURNOVER]
     b.components[i, 3] = 1.0 - s.equity / s.peak
     # CVaR as in Rockafellar & Uryasev 2000, v + E[(loss - v)+] / alpha, around a value at risk v that follows the losses
@@ -359,7 +353,7 @@ class PortfolioVectorEnv(MarketVectorEnv):
         space = gym.spaces.Box(-LARGEST, LARGEST, (number,), np.float32)
         super().__init__(
             num_envs, data.panel, split, data.observation_size, space, episode_length, random_start,
-            extra_state=[(name, np.float64) for name in STATE], memory_size=2 * n + self.guard.guard_window,
+            extra_state=STATE, memory_size=2 * n + self.guard.guard_window,
             choice=np.zeros((num_envs, n)), scratch=(5, max(n, len(data.groups))), num_threads=num_threads,
         )  # fmt: skip
         self._market = data.market(self.split)

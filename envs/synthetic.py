@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 from numba import njit
+from scipy.signal import lfilter
 from scipy.stats import norm
 
 from envs.costs import parse_options
@@ -369,9 +370,59 @@ class Tail(Histories):
         return np.zeros(returns.shape), returns, {key: np.tile(value, (self.bars, 1)) for key, value in truth.items()}, {}
 
 
+@dataclass(frozen=True)
+class OrnsteinUhlenbeck(Histories):
+    """Log prices that revert to a level: buying low pays, and costs make it best to do nothing inside a band.
+
+    The deviation of an asset's log price from its level is an Ornstein-Uhlenbeck process, sampled at opens and closes; the
+    night is OVERNIGHT^2 of a bar. It halves in `half_life` bars, on average; `vol` is the standard deviation of what a bar
+    adds. Histories begin in the stationary distribution; assets are independent. In `hidden`: `deviation` at the close,
+    `half_life` and `volatility`; `trading_references.optimal_band` says what is best.
+    """
+
+    train: int = 20
+    half_life: float = 5.0
+    vol: float = 0.001  # small, so that costs matter: buying below the level and selling above earns 0.7 of what the band does
+
+    def __post_init__(self):
+        Histories.__post_init__(self)
+        self.expect(half_life=0.5)
+        if not 0 < self.vol < 1:
+            raise ValueError(f"synthetic market: vol={self.vol}: expected a number between 0 and 1")
+
+    def draw(self, rng: np.random.Generator):
+        shape = (self.bars, self.assets)
+        keep, _ = reversion(self.half_life, self.vol)
+        (keep_night, night), (keep_day, day) = (reversion(self.half_life, self.vol, part**2) for part in (OVERNIGHT, INTRADAY))
+        shocks = night * rng.standard_normal(shape), day * rng.standard_normal(shape)
+        start = stationary_deviation(self.half_life, self.vol) * rng.standard_normal(self.assets)
+        added = keep_day * shocks[0] + shocks[1]  # by a whole bar
+        added[0] = start
+        deviation = lfilter([1.0], [1.0, -keep], added, axis=0)
+        before = np.concatenate([np.zeros((1, self.assets)), deviation[:-1]])
+        opened = keep_night * before + shocks[0]
+        opened[0] = 0.0
+        hidden = {"deviation": deviation, "half_life": np.full(shape, self.half_life), "volatility": np.full(shape, self.vol)}
+        return opened - before, deviation - opened, hidden, {}
+
+
+def reversion(half_life: float, vol: float, share: float = 1.0) -> tuple[float, float]:
+    """What `share` of a bar leaves of an Ornstein-Uhlenbeck deviation, and the standard deviation of what it adds.
+
+    half_life in bars; vol is what a whole bar adds. A share s adds vol * sqrt((1 - k^2s) / (1 - k^2)), k = 2^(-1 / half_life).
+    """
+    keep = 0.5 ** (1.0 / half_life)
+    return keep**share, vol * np.sqrt((1.0 - keep ** (2.0 * share)) / (1.0 - keep**2))
+
+
+def stationary_deviation(half_life: float, vol: float) -> float:
+    """Standard deviation of the stationary distribution of the deviation."""
+    return vol / np.sqrt(1.0 - 0.5 ** (2.0 / half_life))
+
+
 MARKETS = {
     "leadlag": LeadLag, "hidden": Hidden, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton,
-    "black-scholes": BlackScholes, "tail": Tail,
+    "black-scholes": BlackScholes, "tail": Tail, "ou": OrnsteinUhlenbeck,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ Autoreset is SAME_STEP: where an episode ends, `step` returns the first observat
 over), so bootstrapping from `final_obs` decides results; `terminated` means ruin.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -30,6 +31,11 @@ STATE = [
     ("equity", np.float64),  # 1 at the start of an episode
     ("peak", np.float64),  # running maximum of equity, its start included
 ]
+
+RATE = 0.05  # of the moving averages of returns that agents see: about 20 bars
+DSR_RATE, DSR_BARS = 1 / 60, 20  # of the differential Sharpe ratio; it is 0 for so many bars
+# State of environments whose agents see moments of their own returns, or earn the differential Sharpe ratio.
+MOMENTS = [(name, np.float64) for name in ("mean_return", "mean_square", "dsr_mean", "dsr_square")]
 
 _STEP, _MUL1, _MUL2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
@@ -78,6 +84,41 @@ def begin_episode(i, starts, stops, episode_length, random_start, s):
     s.length = 0
     s.equity = 1.0
     s.peak = 1.0
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def forget_returns(s):
+    """MOMENTS of the state `s` as an episode begins."""
+    s.mean_return = 0.0
+    s.mean_square = 0.0
+    s.dsr_mean = 0.0
+    s.dsr_square = 0.0
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def follow_return(s, r):
+    """Count the net return `r` of the bar that makes the episode `s.length` bars long into MOMENTS.
+
+    Returns the differential Sharpe ratio (Moody & Saffell 1998): the derivative of a moving Sharpe ratio with respect to its
+    rate; 0 in the first DSR_BARS bars, and where returns have not varied.
+    """
+    s.mean_return += RATE * (r - s.mean_return)
+    s.mean_square += RATE * (r * r - s.mean_square)
+    variance = s.dsr_square - s.dsr_mean * s.dsr_mean
+    d_mean, d_square = r - s.dsr_mean, r * r - s.dsr_square
+    ratio = 0.0
+    if s.length > DSR_BARS and variance > 1e-12:
+        ratio = (s.dsr_square * d_mean - 0.5 * s.dsr_mean * d_square) / (variance * math.sqrt(variance))
+    rate = max(DSR_RATE, 1.0 / s.length)  # plain means at first
+    s.dsr_mean += rate * d_mean
+    s.dsr_square += rate * d_square
+    return ratio
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def recent_volatility(s):
+    """Moving standard deviation of the returns counted into MOMENTS."""
+    return math.sqrt(max(0.0, s.mean_square - s.mean_return * s.mean_return))
 
 
 class Buffers(NamedTuple):
@@ -165,6 +206,20 @@ class MarketVectorEnv(gym.vector.VectorEnv):
             scratch=np.zeros((num_envs, *scratch)),
         )
         self._ready = False
+
+    @property
+    def num_runs(self) -> int:
+        """Markets that together run every range once where random_start is False: what a backtest needs."""
+        return len(self.split.ranges)
+
+    @property
+    def stops(self) -> np.ndarray:
+        """(n,) end of every market's present episode: its last bar is row stops - 1."""
+        return self._state.stop.copy()
+
+    def ledger_labels(self) -> dict[str, np.ndarray]:
+        """Name -> (n,) what a ledger says of every market beside its number."""
+        return {}
 
     def _parameters(self) -> tuple:
         raise AttributeError("a market environment defines _parameters")
