@@ -51,10 +51,11 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from benchmark.processes import end_on_signals, end_with_parent
 from benchmark.tuning.results import write_results, write_trials
 from benchmark.tuning.samplers import make_sampler
 from benchmark.tuning.space import DEFAULT, Value, environment, flags_of, read_space, text_of, value_in
-from benchmark.tuning.trial import PATIENCE, POLL, Terms, end_with_parent, run_trial
+from benchmark.tuning.trial import PATIENCE, POLL, Terms, run_trial
 
 ROOT = Path(__file__).resolve().parent
 CHOOSING = ("penalty-variance", "risk-aversion", "utility")  # flags that change what a script chooses its model by
@@ -395,12 +396,6 @@ def run_on_ray(args: Args, own: list[str]) -> list[int]:
             ray.cancel(running)  # raises KeyboardInterrupt in run_worker
         ray.wait(tasks, num_returns=len(tasks), timeout=2 * PATIENCE)
         ray.shutdown()
-
-
-def end_on_signals():
-    """Let a request to end raise KeyboardInterrupt, as Ctrl-C does."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
 
 
 def main(args: Args, own: list[str], arguments: list[str], as_worker: bool = False) -> int:
