@@ -3,11 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ragged_panel, whole
+from conftest import assert_same_bits, ragged_panel, whole
 
 from envs import ledger, trading_references
 from envs.trades import by_symbol, trades
-from envs.trading import EVENTS, HOLD
+from envs.trading import BUY_LARGE, BUY_MEDIUM, BUY_SMALL, EVENTS, HOLD
 from envs.trading_tables import TradingConfig, TradingData
 
 STOP, TARGET, MAX_HOLD = (EVENTS.index(name) for name in ("stop", "target", "max_hold"))
@@ -84,7 +84,7 @@ def test_a_ledger_without_any_trade():
 
 @pytest.mark.parametrize("fill", ["next_open", "next_close", "same_close"])
 def test_trades_of_a_market_with_every_exit(fill):
-    """Random orders: what the accounts earn outside of trades is nothing, and every trade begins and ends flat."""
+    """Random orders: every buy that was filled opened a trade, and nothing is earned outside of trades."""
     config = TradingConfig(fill=fill, window=2, stop_loss=0.02, take_profit=0.03, max_holding=4)
     data = TradingData(ragged_panel(0), config)
     rng = np.random.default_rng(0)
@@ -93,10 +93,12 @@ def test_trades_of_a_market_with_every_exit(fill):
         return np.array([rng.choice(np.flatnonzero(allowed)) for allowed in mask])
 
     split = whole(data.panel)
-    frame, found = trading_references.run(data, split, policy), None
+    frame = trading_references.run(data, split, policy)
     found = trades(frame)
     assert {EVENTS[int(event)] for event in frame["event"]} >= {"none", "stop", "target", "max_hold"}
-    assert len(found) > 50 and found["bars"].between(1, 6 if fill == "next_close" else 5).all()
+    bought = frame["action"].isin((BUY_SMALL, BUY_MEDIUM, BUY_LARGE)) & (frame["gross_exposure"] > 0)
+    assert len(found) == bought.sum() > 50
+    assert_same_bits(found["entered"].to_numpy(), frame["timestamp"][bought].to_numpy(), "entered")
     earned = found.groupby("market")["return"].apply(lambda r: np.log1p(r).sum())
     total = frame.assign(growth=ledger.growth(frame)).groupby("market")["growth"].sum()
     np.testing.assert_allclose(earned.reindex(total.index, fill_value=0.0), total, atol=1e-12)
