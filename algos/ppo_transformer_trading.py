@@ -26,7 +26,7 @@ from tqdm import tqdm
 import envs  # noqa: F401  (registers Trading-v0)
 from envs import dataset, dataset_writer, ledger, trades, trading_references
 from envs.synthetic import load_market
-from envs.task import describe_task, provenance
+from envs.task import provenance
 from envs.trading import ORDERS, REWARDS
 from envs.trading_tables import TradingConfig, TradingData
 
@@ -65,7 +65,7 @@ class Args:
     checkpoint_every: int = 20
     """iterations between two checkpoints (model.pt)"""
     log_dataset: str | None = None
-    """folder to log episodes of the training split to as offline data, a dataset for each entry of --log-at"""
+    """with --env-id: folder to log episodes to as offline data, a dataset for each entry of --log-at"""
     log_at: tuple[float, ...] = (1.0,)
     """shares of the training after which the policy of that moment is logged, as it explores; 1 also if --patience ends it"""
     log_episodes: int = 100
@@ -364,6 +364,10 @@ if __name__ == "__main__":
     if logged and not checkpoint:
         sys.exit(f"--log-dataset {args.log_dataset}: holds {logged[0].parent.name} already; expected none of this seed")
     is_market = args.env_id == MARKET_ENV
+    if args.log_dataset and is_market:
+        sys.exit(
+            f"--log-dataset {args.log_dataset}: expected only with --env-id of Gymnasium; {MARKET_ENV} has no offline data"
+        )
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
     batch_size = args.num_envs * args.num_steps
     minibatch_size = batch_size // args.num_minibatches
@@ -505,16 +509,12 @@ if __name__ == "__main__":
                 action = torch.multinomial(log_probs.exp().cpu(), 1, generator=noise)
             return action.squeeze(1).numpy(), log_probs.cpu().gather(1, action).squeeze(1).numpy()
 
-        task, costs, panel_sha256, timestamps = {"env_id": args.env_id, "seed": args.seed}, None, None, None
-        if is_market:
-            options = {name: env_options[name] for name in ("episode_length", "reward_weights")}
-            task = describe_task(args.env_id, args, args.trading, **options)
-            costs, panel_sha256, timestamps = dataclasses.asdict(data.costs), panel.sha256, panel.timestamps
         weights = b"".join(value.cpu().numpy().tobytes() for value in agent.state_dict().values())
         behaviour = {"policy": args.exp_name, "step": global_step, "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
-        meta = provenance(task, panel_sha256, costs, run["git_commit"], args.gamma, [behaviour])
+        task = {"env_id": args.env_id, "seed": args.seed}
+        meta = provenance(task, None, None, run["git_commit"], args.gamma, [behaviour])
         episodes = make_envs(dataclasses.replace(args, num_envs=min(64, args.log_episodes)), splits, env_options)
-        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed, timestamps)
+        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed)
 
     log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None
