@@ -28,7 +28,7 @@ from envs import dataset, dataset_writer, ledger, trades, trading_references
 from envs.synthetic import load_market
 from envs.task import provenance
 from envs.trading import ORDERS, REWARDS
-from envs.trading_tables import TradingConfig, TradingData
+from envs.trading_tables import TradingConfig, TradingData, shard_of
 
 MARKET_ENV = "Trading-v0"
 LATENCY_BATCH, LATENCY_CALLS = 32, 200
@@ -37,7 +37,7 @@ MONOTONY = 0.99  # share of one order, of those given where there was a choice, 
 
 @dataclass(frozen=True)
 class Trading(TradingConfig):
-    symbols: tyro.conf.Suppress[tuple[str, ...]] = ()  # the panel has no others: --symbols chooses those to load
+    symbols: tyro.conf.Suppress[tuple[str, ...]] = ()  # of the panel: --symbols chooses those to load, --shard of these
 
 
 @dataclass
@@ -78,6 +78,8 @@ class Args:
     bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py)"""
     symbols: tuple[str, ...] = ()
     """symbols of the market to keep and to trade (all by default)"""
+    shard: str = "0/1"
+    """i/n: trade only every n-th of them, from the i-th on, i from 0; splits and market features remain those of all"""
     start: str | None = None
     """first date of the panel"""
     end: str | None = None
@@ -395,8 +397,10 @@ if __name__ == "__main__":
                 splits = panel.walk_forward(args.folds, val_fraction=args.val_fraction, embargo=args.embargo)[args.fold]
             else:
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
-            data = TradingData(panel, args.trading)
+            traded = shard_of(panel.symbols, args.shard)
+            data = TradingData(panel, dataclasses.replace(args.trading, symbols=traded))
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
+            print(f"shard   {args.shard}: {len(traded)} of the symbols are traded")
             print(f"costs   {data.costs.describe()}")
             env_options = dict(
                 data=data, episode_length=args.episode_length, num_threads=args.num_threads,
