@@ -1,8 +1,8 @@
 """Train a script on every symbol of a market, or on shards of them, here or on a Ray cluster, and collect one table.
 
 `python benchmark/launch.py --script algos/ppo_transformer_trading.py --shards 4 --out runs/shards -- --market sp500`. What
-stands after `--` goes to the script as it is. Shard i of n trains, by the script's --shard i/n, on the symbols i, i + n, i + 2n, ...;
-all shards see the same panel and the same splits.
+stands after `--` goes to the script as it is. Shard i of n trains, by the script's --shard i/n, on the symbols i, i + n,
+i + 2n, ...; all shards see the same panel and the same splits.
 
 Each shard is a process with a folder of its own in --out. One that is killed is started again, and goes on from its last
 checkpoint (the script's --checkpoint-every). The same command again goes on with what a launcher that was killed itself left

@@ -24,19 +24,8 @@ BARS = ["market", "timestamp"]
 # Arguments that make no other configuration: those of the machine, and those that the comparison group holds resolved.
 INCIDENTAL = {
     *("seed", "exp_name", "runs_dir", "resume", "num_threads", "cuda", "torch_deterministic", "checkpoint_every", "only"),
-    *(
-        "track",
-        "wandb_project_name",
-        "wandb_entity",
-        "market",
-        "symbols",
-        "shard",
-        "start",
-        "end",
-        "resample",
-        "train_fraction",
-    ),
-    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes", "dataset"),
+    *("track", "wandb_project_name", "wandb_entity", "market", "symbols", "start", "end", "resample", "train_fraction"),
+    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes", "dataset", "shard"),
     *("log_dataset", "log_at", "log_episodes", "log_noise", "log_epsilon"),
 }
 
