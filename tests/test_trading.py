@@ -607,12 +607,10 @@ def test_every_step_is_that_of_an_account_in_shares_and_cash(fill, fields):
     row=st.integers(WARMUP, 100), symbol=st.integers(0, 5), add=st.floats(0.05, 0.5), largest=st.floats(0.3, 1.0),
 )  # fmt: skip
 @settings(max_examples=60)
-def test_mask_properties(ragged, cash, adds, stopped, cooldown, row, symbol, add, largest):
+def test_mask_properties(cash, adds, stopped, cooldown, row, symbol, add, largest):
     """What is allowed is possible in full; holding always is; without a bar nothing else; blocked: only selling."""
-    data = TradingData.__new__(TradingData)
-    data.__dict__ |= ragged.__dict__ | {
-        "config": replace(ragged.config, add=add, max_position=largest, sizes=(0.3 * largest, 0.8 * largest, 0.99))
-    }
+    sizes = (0.3 * largest, 0.8 * largest, 0.99)
+    data = TradingData(ragged_panel(0), TradingConfig(costs="zero", window=1, add=add, max_position=largest, sizes=sizes))
     env = make_env(data, split=whole(data.panel), episode_length=0, random_start=False)
     env.reset(seed=0)
     held = 1.0 - cash
@@ -633,16 +631,11 @@ def test_mask_properties(ragged, cash, adds, stopped, cooldown, row, symbol, add
     if blocked or weight > 0 or not here:
         assert not buys.any()
     else:
-        assert buys.tolist() == [size <= largest for size in env.data.config.sizes] and buys[:2].all()
+        assert buys.tolist() == [size <= largest for size in sizes] and buys[:2].all()
     assert mask[SELL_PART] == mask[SELL_ALL] == (here and weight > 0)
     possible = here and not blocked and weight > 0 and adds < 3 and weight + add <= largest + 1e-9
     assert mask[ADD] == possible
     assert not mask[ADD] or add <= 1.0 - weight + 1e-9, "not on credit"
-
-
-@pytest.fixture(scope="module")
-def ragged() -> TradingData:
-    return TradingData(ragged_panel(0), TradingConfig(costs="zero", window=1))
 
 
 def test_a_million_steps_obey_the_mask_and_the_limits():
