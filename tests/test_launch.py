@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jobs
 import launch
 import numpy as np
 import pandas as pd
@@ -616,6 +617,13 @@ def test_a_cluster_trains_the_same_shards(fake, monkeypatch):
     assert fake("--shards", "3") == 0
     expected, fake.out = fake.table_but_run_dirs(), fake.home / "again"
     monkeypatch.setitem(sys.modules, "ray", ray := FakeRay())
+    bound, run_process = [], jobs.run_process
+
+    def spy(command, folder, limits, stopping):
+        bound.append(limits.bound)
+        return run_process(command, folder, limits, stopping)
+
+    monkeypatch.setattr(jobs, "run_process", spy)
     fake.goes_wrong({"1/3": ["fine", "killed", "fine"]})
     options = ("--shards", "3", "--ray", "--address", "ray://head:10001", "--threads", "2", "--gpus", "0.5", "--retries", "2")
     assert fake(*options) == 0 and fake.table_but_run_dirs() == expected
@@ -624,7 +632,7 @@ def test_a_cluster_trains_the_same_shards(fake, monkeypatch):
     path = init["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep)
     assert path[:2] == [str(ROOT), str(ROOT / "benchmark")]
     assert remote == {"num_cpus": 2, "num_gpus": 0.5, "max_retries": 2}
-    assert fake.starts("1/3") == ["start", "start", "resume 4"]
+    assert fake.starts("1/3") == ["start", "start", "resume 4"] and bound == [True] * 4
     assert tyro.cli(launch.Args, args=fake.options("--shards", "3", "--ray")).threads == 1
 
 
