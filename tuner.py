@@ -51,10 +51,11 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from benchmark.processes import end_on_signals, end_with_parent
 from benchmark.tuning.results import write_results, write_trials
 from benchmark.tuning.samplers import make_sampler
-from benchmark.tuning.space import DEFAULT, Value, environment, flags_of, read_space, text_of, value_in
-from benchmark.tuning.trial import PATIENCE, POLL, Terms, end_with_parent, run_trial
+from benchmark.tuning.space import DEFAULT, Value, environment, flags_of, read_space, require_flags, text_of, value_in
+from benchmark.tuning.trial import PATIENCE, POLL, Terms, run_trial
 
 ROOT = Path(__file__).resolve().parent
 CHOOSING = ("penalty-variance", "risk-aversion", "utility")  # flags that change what a script chooses its model by
@@ -220,10 +221,7 @@ def prepare(args: Args, arguments: list[str]) -> dict:
     flags = [
         flags_of(args.script, [*arguments, *(("--market", market) if market else ())]) for market in args.markets or (None,)
     ]
-    for part in arguments:
-        name = part.partition("=")[0].removeprefix("--").replace("_", "-")
-        if part.startswith("--") and name.removeprefix("no-") not in flags[0] and name not in flags[0]:
-            raise ValueError(f"{part}: {args.script.name} has no such flag; expected, after --, flags of the script")
+    require_flags(args.script, arguments, flags[0])
     entries = args.space or (() if args.designed else (DEFAULT,))
     space, start = read_space(entries, arguments, flags, args.designed)
     taken = (*OURS, *(("market",) if args.markets else ()))
@@ -395,12 +393,6 @@ def run_on_ray(args: Args, own: list[str]) -> list[int]:
             ray.cancel(running)  # raises KeyboardInterrupt in run_worker
         ray.wait(tasks, num_returns=len(tasks), timeout=2 * PATIENCE)
         ray.shutdown()
-
-
-def end_on_signals():
-    """Let a request to end raise KeyboardInterrupt, as Ctrl-C does."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
 
 
 def main(args: Args, own: list[str], arguments: list[str], as_worker: bool = False) -> int:

@@ -24,8 +24,9 @@ from typing import Literal
 
 import tyro
 from behaviours import env_id_of
+from jobs import ROOT, last_lines, python_path
+from processes import end_on_signals
 from rules import RULES
-from runner import ROOT, end_on_signals, last_lines, python_path
 
 from envs.dataset import META, Dataset
 from envs.dataset_writer import merge

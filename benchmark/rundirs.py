@@ -25,7 +25,7 @@ BARS = ["market", "timestamp"]
 INCIDENTAL = {
     *("seed", "exp_name", "runs_dir", "resume", "num_threads", "cuda", "torch_deterministic", "checkpoint_every", "only"),
     *("track", "wandb_project_name", "wandb_entity", "market", "symbols", "start", "end", "resample", "train_fraction"),
-    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes", "dataset"),
+    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes", "dataset", "shard"),
     *("log_dataset", "log_at", "log_episodes", "log_noise", "log_epsilon"),
 }
 
@@ -277,6 +277,7 @@ def terms(run: Run) -> dict[str, object]:
     else:
         named = {"panel.sha256": panel["sha256"]}
     return named | {
+        "args.shard": run.content["args"].get("shard", "0/1"),  # of the symbols
         **{f"panel.splits.{k}": json.dumps(v, sort_keys=True) for k, v in panel["splits"].items()},
         "market.fill": market["fill"],
         **{f"market.costs.{k}": v for k, v in costs.items()},

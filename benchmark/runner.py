@@ -14,31 +14,42 @@ what has finished under the same code, resumes what has left a checkpoint, and r
 leaves a run directory that says so, with its log: on the scoreboard it is a red row, and the exit code is 1.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import rundirs
 import tyro
+from jobs import (
+    ROOT,
+    Job,
+    Limits,
+    cores,
+    execute,
+    hash_of,
+    load_ray,
+    local_results,
+    locked,
+    ray_results,
+    read_json,
+    run_command,
+    run_process,
+    stop_leftover,
+    tries,
+)
 
 from envs import ledger
 from envs.dataset import META, sha256_of
 from envs.synthetic import drawn_from_seed
 
-ROOT = Path(__file__).resolve().parents[1]
 BASELINES = "baselines"
 COLLECTOR = "collect"
 # Beginnings of the names of scripts that learn from a dataset alone: it is collected before they start, and brings the market,
@@ -51,6 +62,7 @@ MARKETS = {
     "leadlag": ("synthetic:leadlag", REAL, "synthetic:hidden"),
     "portfolio": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton", "synthetic:tail"),
     "diffmarket": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton"),
+    "trading": ("synthetic:ou", REAL),
 }
 # More runs of a script, under names of their own; not with --quick.
 VARIANTS = {
@@ -94,7 +106,6 @@ OWN_COSTS = (
     "synthetic:black-scholes",
     "synthetic:tail",
 )  # their closed form holds for the costs that scripts set there
-LOG_LINES = 25
 
 
 @dataclass
@@ -164,14 +175,14 @@ class Args:
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchmarkJob(Job):
     """One process: a script with its flags on a market, all baselines with a seed of theirs, or the collector of a dataset."""
 
     script: str
     market: str
     seed: int
     flags: tuple[str, ...] = ()
-    data: "Job | None" = None  # what collects the dataset that it learns from
+    data: "BenchmarkJob | None" = None  # what collects the dataset that it learns from
 
     @property
     def folder(self) -> str:
@@ -186,8 +197,13 @@ class Job:
         return ROOT / ("benchmark" if self.script in (BASELINES, COLLECTOR) else "algos") / f"{self.script}.py"
 
     @property
-    def exp_name(self) -> str:
-        return self.flags[self.flags.index("--exp-name") + 1] if "--exp-name" in self.flags else self.script
+    def resumable(self) -> bool:
+        return self.script != BASELINES  # which leave a run directory for every rule
+
+    @property
+    def told(self) -> dict:
+        exp_name = self.flags[self.flags.index("--exp-name") + 1] if "--exp-name" in self.flags else self.script
+        return {"exp_name": exp_name, "seed": self.seed, "market": self.market}
 
     def command(self, folder: Path, threads: int) -> list[str]:
         """What starts it afresh, with its run directories, or the collector's dataset, in `folder`."""
@@ -197,26 +213,33 @@ class Job:
         call = [sys.executable, str(self.path), *source, "--seed", str(self.seed), target, str(folder)]
         return [*call, *self.flags, *(() if self.script == BASELINES else ("--num-threads", str(threads)))]
 
+    def code_hash(self, cwd: str) -> str:
+        """Of the script, all of envs/, the market's files, and what made its dataset."""
+        used = []
+        if self.script == BASELINES:
+            used = [ROOT / "benchmark" / name for name in ("rules.py", "replay.py")]
+        elif self.script == COLLECTOR:
+            online = TRAINED[self.flags[self.flags.index("--regime") + 1]]
+            used = [ROOT / "algos" / f"{online}.py", *(ROOT / "benchmark" / name for name in COLLECTORS_CODE)]
+        market = Path(cwd, self.market)
+        data = [market] if market.is_file() else sorted(path for path in market.rglob("*") if path.is_file())
+        start = self.data.code_hash(cwd) if self.data else ""
+        return hash_of(start, self.path, *used, *sorted((ROOT / "envs").glob("*.py")), *data)
 
-@dataclass(frozen=True)
-class Limits:
-    """How a job is run: tries after the first, seconds for each, CPU threads, and the folder that relative paths start from."""
-
-    retries: int
-    timeout: float
-    threads: int
-    cwd: str
-
-
-class Interrupted(Exception):
-    """The runner is ending: the job stays as it is, for the next start."""
+    def prepare(self, runs_dir: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
+        """Have its dataset collected, if it learns from one."""
+        failure = collect(self.data, runs_dir, limits, stopping) if self.data else None
+        if failure is None:
+            return None
+        shutil.copy(runs_dir / DATASETS / self.data.folder / "log.txt", runs_dir / self.folder)
+        return f"its data were not collected: {failure}"
 
 
 def available_scripts() -> list[str]:
     return sorted(path.stem for path in (ROOT / "algos").glob("[!_]*.py"))
 
 
-def data_folder(collection: Job, runs_dir: Path) -> Path:
+def data_folder(collection: BenchmarkJob, runs_dir: Path) -> Path:
     """Where the collector leaves its dataset; the folder around it has the runner's record and the log."""
     return runs_dir / DATASETS / collection.folder / "data"
 
@@ -231,7 +254,7 @@ def markets_of(script: str, args: Args) -> list[str]:
     return list(dict.fromkeys([*own, *(PROTOCOL[name] for name in args.protocol)]))
 
 
-def plan(args: Args) -> list[Job]:
+def plan(args: Args) -> list[BenchmarkJob]:
     """Every job of a benchmark, each once, the same for the same arguments: scripts by name, then the baselines.
 
     The baselines run wherever a script of the plan does; alone, wherever any script would.
@@ -250,16 +273,20 @@ def plan(args: Args) -> list[Job]:
             known = next((rules for name, rules in QUICK_RULES_OF.items() if market.startswith(name)), ())
             only = ("--only", *QUICK_RULES, *known) if args.quick and drawn else ()
             seeds = args.seeds if drawn else args.seeds[:1]  # on one real history rules have no seed to differ by
-            jobs += [Job(BASELINES, market, seed, (*terms, *only)) for terms in terms_on(market, args) for seed in seeds]
+            jobs += [
+                BenchmarkJob(BASELINES, market, seed, (*terms, *only)) for terms in terms_on(market, args) for seed in seeds
+            ]
     return list(dict.fromkeys(jobs))
 
 
-def online_jobs(script: str, market: str, terms: tuple[str, ...], args: Args) -> list[Job]:
+def online_jobs(script: str, market: str, terms: tuple[str, ...], args: Args) -> list[BenchmarkJob]:
     variants = [(), *(() if args.quick else VARIANTS.get(script, ()))]
-    return [Job(script, market, seed, (*terms, *steps_of(args), *variant)) for variant in variants for seed in args.seeds]
+    return [
+        BenchmarkJob(script, market, seed, (*terms, *steps_of(args), *variant)) for variant in variants for seed in args.seeds
+    ]
 
 
-def offline_jobs(script: str, market: str, terms: tuple[str, ...], args: Args) -> list[Job]:
+def offline_jobs(script: str, market: str, terms: tuple[str, ...], args: Args) -> list[BenchmarkJob]:
     """A script on the dataset of each seed, whose collector gets what an online script would; behaviour cloning runs twice.
 
     The second time on the best tenth of the data, which shows how much of what others gain is a choice of episodes.
@@ -271,7 +298,7 @@ def offline_jobs(script: str, market: str, terms: tuple[str, ...], args: Args) -
     collect = ("--regime", regime, *terms, *steps_of(args), *(("--quick",) if args.quick else ()))
     steps = ("--gradient-steps", str(args.gradient_steps)) if args.gradient_steps else ()
     return [
-        Job(script, market, seed, (*steps, *variant), Job(COLLECTOR, market, seed, collect))
+        BenchmarkJob(script, market, seed, (*steps, *variant), BenchmarkJob(COLLECTOR, market, seed, collect))
         for variant in variants
         for seed in args.seeds  # innermost, so that workers side by side need different data
     ]
@@ -291,66 +318,11 @@ def terms_on(market: str, args: Args) -> list[tuple[str, ...]]:
     return [(*costs, "--fill", args.fill, *dates, *split) for split in splits]
 
 
-def code_hash(job: Job, cwd: str) -> str:
-    """Of the script, all of envs/, the market's files, and what made its dataset: a run of older code or data is run again."""
-    used = []
-    if job.script == BASELINES:
-        used = [ROOT / "benchmark" / name for name in ("rules.py", "replay.py")]
-    elif job.script == COLLECTOR:
-        online = TRAINED[job.flags[job.flags.index("--regime") + 1]]
-        used = [ROOT / "algos" / f"{online}.py", *(ROOT / "benchmark" / name for name in COLLECTORS_CODE)]
-    market = Path(cwd, job.market)
-    data = [market] if market.is_file() else sorted(path for path in market.rglob("*") if path.is_file())
-    digest = hashlib.sha256(code_hash(job.data, cwd).encode() if job.data else b"")
-    for path in (job.path, *used, *sorted((ROOT / "envs").glob("*.py")), *data):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def run_job(job: Job, runs_dir: Path, limits: Limits, stopping: Callable[[], bool] = lambda: False) -> dict:
-    """Run a job unless it has finished before; returns its record, which is also written to job.json.
-
-    Raises Interrupted, and leaves the job to be gone on with, once `stopping()` holds.
-    """
-    folder, started = runs_dir / job.folder, time.time()
-    stop_leftover(folder)
-    record, code = read_json(folder / "job.json"), code_hash(job, limits.cwd)
-    if record.get("code") == code and record.get("status") == "finished" and complaint(folder) is None:
-        return record | {"skipped": True}
-    if record.get("code") != code:  # never continue a run of other code
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"job": asdict(job), "code": code, "status": "running", "attempts": 0}
-    ledger.write_json(folder / "job.json", record)
-    failure = collect(job.data, runs_dir, limits, stopping) if job.data else None
-    if failure:
-        failure = f"its data were not collected: {failure}"
-        shutil.copy(runs_dir / DATASETS / job.data.folder / "log.txt", folder)
-    else:
-        failure = tries(lambda: attempt(job, folder, limits, stopping), record, limits, stopping)
-    record |= {"status": "failed" if failure else "finished", "failure": failure, "seconds": time.time() - started}
-    if failure:
-        mark_failed(job, folder, failure)
-    ledger.write_json(folder / "job.json", record)
-    return record
-
-
-def tries(once: Callable[[], str | None], record: dict, limits: Limits, stopping: Callable[[], bool]) -> str | None:
-    """Call `once` until it returns None or the retries are spent; counts in record["attempts"], returns the last failure."""
-    while True:
-        if stopping():
-            raise Interrupted
-        record["attempts"] += 1
-        failure = once()
-        if failure is None or record["attempts"] > limits.retries:
-            return failure
-
-
-def collect(job: Job, runs_dir: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
+def collect(job: BenchmarkJob, runs_dir: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
     """Have a dataset collected, unless it lies there, made by the same code; None, or in one line why there is none.
 
     Once for all jobs that need it: the first to come collects, the others wait for it and share its success or failure.
-    `execute` forgets failures, so that the next start tries again. Raises Interrupted once `stopping()` holds.
+    `main` forgets failures, so that the next start tries again. Raises Interrupted once `stopping()` holds.
     """
     out = data_folder(job, runs_dir)
     folder = out.parent
@@ -358,7 +330,7 @@ def collect(job: Job, runs_dir: Path, limits: Limits, stopping: Callable[[], boo
     with (folder / "lock").open("a") as lock:  # for writing: a shared disk may refuse to lock what is only read
         fcntl.flock(lock, fcntl.LOCK_EX)  # its holder is of this runner, and ends when `stopping()` holds
         stop_leftover(folder)
-        record, code = read_json(folder / rundirs.COLLECTED), code_hash(job, limits.cwd)
+        record, code = read_json(folder / rundirs.COLLECTED), job.code_hash(limits.cwd)
         if record.get("code") == code and record.get("status") == "failed":
             return record["failure"]
         if record.get("code") == code and record.get("status") == "finished" and data_complaint(out) is None:
@@ -385,214 +357,10 @@ def data_complaint(folder: Path) -> str | None:
     return None if meta.get("sha256") == sha256_of(path) else f"{DATASET} is not the one that {META} tells of"
 
 
-def attempt(job: Job, folder: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
-    """One try; None, or in one line why it failed. It goes on from a checkpoint where there is one."""
-    checkpoints = [] if job.script == BASELINES else [run for run in run_dirs(folder) if (run / "model.pt").is_file()]
-    for run in run_dirs(folder):
-        if run not in checkpoints[-1:]:
-            shutil.rmtree(run)
-    command = job.command(folder, limits.threads)
-    if checkpoints:
-        command, model = [*command[:2], "--resume", str(checkpoints[-1])], checkpoints[-1] / "model.pt"
-        saved = model.stat().st_mtime_ns
-    failure = run_process(command, folder, limits, stopping) or complaint(folder)
-    if failure and checkpoints and model.is_file() and model.stat().st_mtime_ns == saved:
-        model.unlink()  # it leads nowhere: the next try starts afresh
-    return failure
-
-
-def run_process(command: list[str], folder: Path, limits: Limits, stopping: Callable[[], bool]) -> str | None:
-    """Run it to its end, its output into log.txt; None, or why it failed. Whatever ends this call ends its processes too."""
-    log = folder / "log.txt"
-    env = os.environ | {"PYTHONPATH": python_path(ROOT)}  # the envs/ whose code was hashed
-    with log.open("a") as out:
-        out.write(f"$ {shlex.join(command)}\n")
-        out.flush()
-        process = subprocess.Popen(
-            command, cwd=limits.cwd, env=env, stdin=subprocess.DEVNULL, stdout=out,
-            stderr=subprocess.STDOUT, start_new_session=True,  # a group of its own: Ctrl-C reaches the runner alone
-        )  # fmt: skip
-    try:
-        (folder / "pid").write_text(str(process.pid))
-        deadline = time.monotonic() + limits.timeout
-        while (code := process.poll()) is None:
-            if stopping():
-                raise Interrupted
-            if time.monotonic() > deadline:
-                return f"not finished after {limits.timeout:g} seconds"
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(0.5, max(0.0, deadline - time.monotonic())))
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        (folder / "pid").unlink(missing_ok=True)
-    return f"exit code {code}: {last_lines(log, 1)}" if code else None
-
-
-def python_path(*folders: Path) -> str:
-    """PYTHONPATH with these folders first."""
-    return os.pathsep.join(filter(None, (*map(str, folders), os.environ.get("PYTHONPATH"))))
-
-
-def complaint(folder: Path) -> str | None:
-    """What is wrong with the run directories of a job; None where all can be ranked."""
-    runs = run_dirs(folder)
-    return next((f"{run.name}: {found}" for run in runs if (found := fault(run))), None) if runs else "left no run directory"
-
-
-def fault(path: Path) -> str | None:
-    """Why the scoreboard would not rank a run directory."""
-    run = rundirs.read(path)
-    if run.reason is None and "panel" not in run.content:
-        return "run.json holds no panel"
-    if run.reason is None:
-        rundirs.load(run)
-    return run.reason
-
-
-def mark_failed(job: Job, folder: Path, failure: str):
-    """Make sure that the scoreboard shows a failure with its log: in the run directory that is at fault, or in a new one.
-
-    A job of the baselines has one run directory per rule; those that are whole count.
-    """
-    known = {"script": job.path.name, "args": {"exp_name": job.exp_name, "seed": job.seed, "market": job.market}}
-    faulty = [run for run in run_dirs(folder) if job.script != BASELINES or fault(run)]
-    if not faulty:
-        faulty = [folder / f"failed__{job.script}__{job.seed}__{int(time.time())}"]
-        faulty[0].mkdir()
-    for run in faulty:
-        content = known | read_json(run / "run.json")
-        ledger.write_json(run / "run.json", content | {"status": "failed", "failure": content.get("failure") or failure})
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copy(folder / "log.txt", run / "log.txt")
-
-
-def stop_leftover(folder: Path):
-    """A runner that was killed outright leaves its processes behind; end the one that still writes to this folder.
-
-    Needs /proc, to tell it from a process that has its number now.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        pid = int((folder / "pid").read_text())
-        while any(Path(part).is_relative_to(folder) for part in Path(f"/proc/{pid}/cmdline").read_text().split("\0")):
-            os.killpg(pid, signal.SIGKILL)
-            time.sleep(0.02)
-
-
-def run_dirs(folder: Path) -> list[Path]:
-    """Run directories of a job, oldest first."""
-    return sorted(folder.glob("*/"), key=lambda path: path.stat().st_mtime_ns)
-
-
-def last_lines(log: Path, lines: int = LOG_LINES) -> str:
-    text = log.read_text(errors="replace").replace("\r", "\n")
-    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
-
-
-def read_json(path: Path) -> dict:
-    """{} where there is none that can be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-@contextlib.contextmanager
-def locked(runs_dir: Path) -> Iterator[None]:
-    """Keep other runners out of a folder. The system lets go of the lock of a process that dies. Exits where it is taken."""
-    runs_dir.mkdir(parents=True, exist_ok=True)
-    with (runs_dir / "runner.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            sys.exit(f"--runs-dir {runs_dir}: process {file.read().strip()} runs there; expected a folder without a runner")
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
 def limits_of(args: Args) -> tuple[Limits, int]:
     """What every job gets, and how many run at once."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = args.workers or (cores if args.quick else max(1, cores // 2))
-    return Limits(args.retries, args.timeout, max(1, cores // workers), os.getcwd()), workers
-
-
-def local_results(args: Args, jobs: list[Job], limits: Limits, workers: int) -> Iterator[tuple[Job, Callable[[], dict]]]:
-    """(job, its result) as each one ends, `workers` at once in this machine's processes."""
-    stop = threading.Event()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        futures = {pool.submit(run_job, job, args.runs_dir, limits, stop.is_set): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-def ray_results(args: Args, jobs: list[Job], limits: Limits) -> Iterator[tuple[Job, Callable[[], dict]]]:
-    """(job, its result) as each one ends, on a Ray cluster, as many at once as it has room for."""
-    import ray  # a cluster is optional: pip install ray
-
-    env = {"PYTHONPATH": python_path(ROOT, ROOT / "benchmark")}  # where run_job's imports are
-    ray.init(address=args.ray_address, runtime_env={"env_vars": env})
-    end_on_signals()  # Ray has set handlers of its own
-    try:
-        remote = ray.remote(num_cpus=limits.threads, max_retries=0)(run_job)  # run_job has retries of its own
-        waiting = {remote.remote(job, args.runs_dir, limits): job for job in jobs}
-        try:
-            while waiting:
-                done, _ = ray.wait(list(waiting), num_returns=1)
-                yield waiting.pop(done[0]), lambda ref=done[0]: ray.get(ref)
-        finally:
-            for ref in waiting:
-                ray.cancel(ref)  # raises KeyboardInterrupt in run_job, which ends its process
-            if waiting:
-                ray.wait(list(waiting), num_returns=len(waiting), timeout=10)
-    finally:
-        ray.shutdown()
-
-
-def execute(args: Args, jobs: list[Job]) -> list[dict]:
-    """All jobs; prints a line as each one ends, and the end of the log of what failed. Records in the order of the jobs."""
-    limits, workers = limits_of(args)
-    results = local_results(args, jobs, limits, workers) if args.ray_address is None else ray_results(args, jobs, limits)
-    records: dict[Job, dict] = {}
-    started = time.time()
-    for collection in {job.data for job in jobs if job.data}:  # those that failed before are tried again
-        record = data_folder(collection, args.runs_dir).with_name(rundirs.COLLECTED)
-        if read_json(record).get("status") == "failed":
-            record.unlink()
-    with contextlib.closing(results):
-        for job, result in results:
-            folder = args.runs_dir / job.folder
-            try:
-                record = result()
-            except Exception as error:  # of the runner, the disk or the cluster: a red row like any other
-                failure = " ".join(f"{type(error).__name__}: {error}".split())
-                folder.mkdir(exist_ok=True)
-                mark_failed(job, folder, failure)
-                record = {"status": "failed", "failure": failure, "seconds": 0.0}
-            records[job] = record
-            spent, ran = time.time() - started, sum(not r.get("skipped") for r in records.values())
-            left = f", {spent / ran * (len(jobs) - len(records)) / 60:.0f} min left" if ran else ""
-            state = "skipped, finished before" if record.get("skipped") else f"{record['status']} in {record['seconds']:.0f} s"
-            print(f"[{len(records)}/{len(jobs)}, {spent / 60:.1f} min{left}] {job.folder}: {state}", flush=True)
-            if record["status"] == "failed":
-                log = last_lines(folder / "log.txt") if (folder / "log.txt").is_file() else ""
-                print("\n    ".join([f"    {record['failure']}", *log.splitlines()]), flush=True)
-    return [records[job] for job in jobs]
-
-
-def end_on_signals():
-    """Let a request to end raise KeyboardInterrupt, as Ctrl-C does."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    workers = args.workers or (cores() if args.quick else max(1, cores() // 2))
+    return Limits(args.retries, args.timeout, max(1, cores() // workers), os.getcwd()), workers
 
 
 def main(args: Args) -> int:
@@ -604,9 +372,19 @@ def main(args: Args) -> int:
         for job in jobs:
             print(shlex.join(job.command(args.runs_dir / job.folder, threads)))
         return 0
-    with locked(args.runs_dir):
+    ray = load_ray("ray-address") if args.ray_address is not None else None
+    with locked(args.runs_dir, "runs-dir"):
         print(f"{len(jobs)} runs in {args.runs_dir}", flush=True)
-        records = execute(args, jobs)
+        for collection in {job.data for job in jobs if job.data}:  # those that failed before are tried again
+            record = data_folder(collection, args.runs_dir).with_name(rundirs.COLLECTED)
+            if read_json(record).get("status") == "failed":
+                record.unlink()
+        limits, workers = limits_of(args)
+        if ray:
+            results = ray_results(jobs, args.runs_dir, limits, ray, args.ray_address)
+        else:
+            results = local_results(jobs, args.runs_dir, limits, workers)
+        records = execute(jobs, args.runs_dir, results)
         folders = [str(args.runs_dir / job.folder) for job in jobs]
         scoreboard = [sys.executable, str(ROOT / "benchmark" / "scoreboard.py"), *folders, "--out", str(args.out)]
         board = subprocess.run(scoreboard).returncode
@@ -616,9 +394,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    end_on_signals()
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    run_command(lambda: main(tyro.cli(Args, description=__doc__)))

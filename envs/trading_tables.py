@@ -4,6 +4,8 @@ Computed once per panel (`TradingData`) and shared by every market instance. Tab
 symbol by symbol, so that a window of features is one contiguous copy.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -33,6 +35,18 @@ PORTFOLIO = (
     "exposure_left",  # max_position less the weight
     "blocked",  # 1 where the daily loss or the breaker forbids to buy
 )
+
+
+def shard_of(symbols: Sequence[str], shard: str) -> tuple[str, ...]:
+    """Of shard "i/n" every n-th symbol from the i-th on: the shards 0/n to (n - 1)/n hold each symbol once, none is empty.
+
+    Raises ValueError naming --shard unless 0 <= i < n, and n is at most the number of symbols.
+    """
+    given = re.fullmatch(r"([0-9]+)/([0-9]+)", shard)
+    index, number = map(int, given.groups()) if given else (0, 0)
+    if not index < number <= len(symbols):
+        raise ValueError(f"--shard {shard}: expected i/n with 0 <= i < n <= {len(symbols)}, the number of symbols")
+    return tuple(symbols[index::number])
 
 
 @dataclass(frozen=True)

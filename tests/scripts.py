@@ -32,7 +32,14 @@ ITERATIONS = 20  # of 1024 steps each, in the short runs
 COMMON = (
     "--total-timesteps", "20480", "--eval-every", "5", "--checkpoint-every", "2", "--num-threads", "1", "--no-cuda",
 )  # fmt: skip
-UNLIKE = {"args", "train_seconds", "wall_clock", "sps", "git_commit"}  # in run.json, between two runs of the same seed
+UNLIKE = {
+    "args",
+    "train_seconds",
+    "wall_clock",
+    "sps",
+    "git_commit",
+    "latency_ms",
+}  # in run.json, between two runs of the same seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,7 @@ class Script:
     numbers: tuple[str, ...] = ()  # in run.json besides what all have
     columns: tuple[str, ...] = LEDGER
     unexplained: tuple[str, ...] = ()  # flags that --help only lists
+    logs: bool = True  # offline data of its market
     policy: Callable = lambda g: g["agent_policy"]  # the variables of a run -> its policy for backtests of the test split
     run: str = "online_run"  # fixture of its short run
 
@@ -119,6 +127,16 @@ class PPOScript(Script):
     losses: tuple[str, ...] = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
     kept: tuple[str, ...] = ("envs", "obs")
     numbers: tuple[str, ...] = ("last_100_returns",)
+
+
+def transformer_agent(module, saved):
+    """From a checkpoint; from other sizes a small one that takes the whole observation for a single bar."""
+    size, actions = saved["obs"].shape[1], saved["mask"].shape[1]
+    if "model" not in saved:
+        return module.Agent(size, actions, slice(0, size), 1, layers=1, width=8, heads=2)
+    args, (width, features) = saved["args"], saved["model"]["embed.weight"].shape
+    bars = len(saved["model"]["positions"])
+    return module.Agent(size, actions, slice(0, bars * features), bars, args["layers"], width, args["heads"])
 
 
 def grpo_agent(module, saved):
@@ -199,6 +217,27 @@ SCRIPTS = {
             policy=lambda g: g["make_policy"]("test"),
             most_minibatches=64,
             unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
+        ),
+        PPOScript(
+            name="ppo_transformer_trading",
+            env_id="Trading-v0",
+            market="synthetic:ou:bars=400:train=2:val=1:test=2:assets=3",
+            own=("--window", "4", "--width", "8"),
+            given={"trading": {"window": 4, "costs": "institutional"}, "num_envs": 64, "num_steps": 16, "width": 8},
+            score="growth",
+            others=("flat", "buy and hold", "threshold at 0", "optimal band"),
+            costs="institutional",
+            make_envs=lambda g: g["make_envs"](g["args"], g["splits"], g["env_options"]),
+            make_agent=transformer_agent,
+            features=lambda agent, x, memory: (agent.encode(x), memory),
+            actor_input="features",
+            twist=("--max-adds", "1"),
+            classic=("CartPole-v1", 9, 200),
+            refused=("Pendulum-v1", "discrete"),
+            toy=gym.spaces.Discrete(3),
+            numbers=("last_100_returns", "optimum_share", "parameters"),
+            unexplained=("costs",),
+            logs=False,
         ),
         PPOScript(
             name="ppo_portfolio",

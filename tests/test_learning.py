@@ -14,7 +14,7 @@ from envs.ledger import growth
 from envs.synthetic import load_market
 
 LEADLAG, PORTFOLIO, DIFFMARKET, QUANTILE = "ppo_leadlag", "ppo_portfolio", "grpo_diffmarket", "ppo_quantile_portfolio"
-RECURRENT = "ppo_recurrent_leadlag"
+RECURRENT, TRANSFORMER = "ppo_recurrent_leadlag", "ppo_transformer_trading"
 TAIL = ("--market", "synthetic:tail", "--total-timesteps", "4000000")
 SMALL_BUDGET = ("--total-timesteps", "65536", "--num-envs", "256", "--num-steps", "16", "--eval-every", "4")
 SECONDS = 3600
@@ -144,6 +144,21 @@ def test_hedges_with_the_delta_of_black_and_scholes(tmp_path, seed):
     assert hedge["delta RMS error"] <= 0.02 and hedge["hedged"] < 0.15 * hedge["unhedged"]
 
 
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_earns_most_of_what_the_optimal_band_does(tmp_path, seed):
+    """That of dynamic programming, which is told the true deviation; on markets that training never saw."""
+    run = train(TRANSFORMER, tmp_path, "--market", "synthetic:ou", "--seed", str(seed))
+    assert run["optimum_share"] >= 0.85 and run["alarm"] is None
+    growth = {name: score["growth"] for name, score in run["scores"]["test"].items()}
+    assert growth["threshold at 0"] < 0.8 * growth["optimal band"]  # to buy below and sell above is not enough
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_trades_little_where_there_is_nothing(tmp_path, seed):
+    agent = train(TRANSFORMER, tmp_path, "--market", "synthetic:noise", "--seed", str(seed))["scores"]["test"]["agent"]
+    assert agent["gross_sharpe_low"] <= 0 <= agent["gross_sharpe_high"] and agent["growth"] > -0.02
+
+
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_guards_gain_nothing_where_there_is_nothing(tmp_path, seed):
     """Without costs, of which a guard would spare some by trading less."""
@@ -197,6 +212,14 @@ def test_lookbacks_on_real_markets(tmp_path, market):
     run = train(LEADLAG, tmp_path, "--market", real(market), *SMALL_BUDGET)
     assert run["capture"] is None
     check_real(run, {"agent", "best in training", "random", "equal weight"})
+
+
+@pytest.mark.parametrize("market", ["sp500", "us_equities_daily.parquet"])
+def test_every_symbol_of_a_real_market_by_itself(tmp_path, market):
+    run = train(TRANSFORMER, tmp_path, "--market", real(market), *SMALL_BUDGET)
+    check_real(run, {"agent", "flat", "buy and hold"})
+    assert set(run["symbols"]) <= set(run["panel"]["symbols"]) and len(run["symbols"]) > 0.9 * len(run["panel"]["symbols"])
+    assert all(0 <= row["win_rate"] <= 1 for row in run["symbols"].values() if row["trades"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from scripts import SCRIPTS, Bandit
 pytest_plugins = ["scripts"]
 
 
-@pytest.fixture(params=["ppo_leadlag", "ppo_recurrent_leadlag"])
+@pytest.fixture(params=["ppo_leadlag", "ppo_recurrent_leadlag", "ppo_transformer_trading"])
 def script(request):
     return SCRIPTS[request.param]
 
@@ -64,6 +64,7 @@ def test_log_probs_are_those_of_the_allowed_actions(script):
     with torch.no_grad():
         agent.actor[-1].weight.mul_(300)  # far from uniform
     x, mask = torch.randn(500, agent.actor[0].in_features), torch.rand(500, 6) < 0.5
+    recurrent = hasattr(agent, "remember")
     mask[:, 2] = True
     log_probs = agent.log_probs(x, mask)
     assert (log_probs.exp()[~mask] == 0).all() and ((log_probs.exp() * log_probs)[~mask] == 0).all()
@@ -71,7 +72,7 @@ def test_log_probs_are_those_of_the_allowed_actions(script):
         torch.testing.assert_close(found[allowed], row[allowed].log_softmax(0))
     obs = torch.randn(500, 4)
     features, _ = script.features(agent, obs, script.blank(agent, 500))  # the normaliser has seen nothing yet
-    greedy = agent.act_greedily(obs, mask, *([script.blank(agent, 500)] * (script.actor_input == "features")))
+    greedy = agent.act_greedily(obs, mask, *([script.blank(agent, 500)] * recurrent))
     greedy = greedy[0] if isinstance(greedy, tuple) else greedy
     torch.testing.assert_close(greedy, agent.log_probs(features, mask).argmax(1))
     assert mask.gather(1, greedy[:, None]).all()
@@ -85,7 +86,7 @@ def test_sampling_follows_the_softmax(inside, script, register):
     g = inside(
         *register(Bandit, script.toy), "--num-envs", "8", "--num-steps", "512", "--total-timesteps", str(4 * 4096),
         "--learning-rate", "0.0015", "--no-anneal-lr", "--gamma", "0", "--update-epochs", "4", "--num-minibatches", "4",
-        "--ent-coef", "0.01", *(["--memory", "none"] if script.actor_input == "features" else []),
+        "--ent-coef", "0.01", *(["--memory", "none"] if script.name.startswith("ppo_recurrent") else []),
     )  # fmt: skip
     actions, logprobs = g["actions"].flatten().cpu().numpy(), g["logprobs"].flatten().double().cpu().exp().numpy()
     counts = np.bincount(actions, minlength=3)

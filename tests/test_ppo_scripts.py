@@ -12,7 +12,7 @@ import torch
 from conftest import assert_same_bits
 from scripts import SCRIPTS, Bandit, PPOScript, Run, Toy, assert_same_content, assert_same_ledger
 
-from envs import ledger, portfolio_references, references
+from envs import ledger, portfolio_references, references, trading_references
 
 pytest_plugins = ["scripts"]
 
@@ -31,7 +31,7 @@ def test_the_normaliser_counts_every_observation(script, base):
 def test_the_model_is_chosen_on_validation_and_the_test_split_read_once(script, inside, monkeypatch):
     """And the agent that is evaluated does not change: its statistics of observations stay those of training."""
     read, backtests = [], []
-    for module in (references, portfolio_references):
+    for module in (references, portfolio_references, trading_references):
 
         def spy(*args, _run=module.run, **kwargs):
             given = inspect.signature(_run).bind(*args, **kwargs).arguments
@@ -61,6 +61,8 @@ def test_the_model_is_chosen_on_validation_and_the_test_split_read_once(script, 
 
 def score_of(script, g, frame) -> float:
     years = g["panel"].bars_per_year
+    if "symbol" in frame:
+        frame = ledger.book(frame)
     if script.score == "growth":
         return float(ledger.growth(frame).mean() * years)
     return portfolio_references.utility(frame, 1 + 2 * g["args"].penalty_variance, years)

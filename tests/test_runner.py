@@ -167,10 +167,10 @@ def templates(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def modules():
-    """runner and rules, imported as the commands import them."""
+    """runner, jobs and rules, imported as the commands import them."""
     sys.path.insert(0, str(ROOT / "benchmark"))
     try:
-        yield SimpleNamespace(runner=importlib.import_module("runner"), rules=importlib.import_module("rules"))
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("runner", "jobs", "rules")})
     finally:
         sys.path.remove(str(ROOT / "benchmark"))
 
@@ -178,8 +178,8 @@ def modules():
 class Tree:
     """A copy of the project with fake_leadlag, fake_portfolio and fake baselines; the runner in this process or its own."""
 
-    def __init__(self, root: Path, templates: Path, runner, monkeypatch):
-        self.root, self.runner, self.runs = root, runner, root / "runs"
+    def __init__(self, root: Path, templates: Path, modules, monkeypatch):
+        self.root, self.runner, self.jobs, self.runs = root, modules.runner, modules.jobs, root / "runs"
         shutil.copytree(ROOT / "benchmark", root / "benchmark", ignore=shutil.ignore_patterns("results", "__pycache__"))
         shutil.copytree(templates, root / "template")
         (root / "envs").symlink_to(ROOT / "envs")
@@ -188,7 +188,8 @@ class Tree:
         for path in ("algos/fake_leadlag.py", "algos/fake_portfolio.py", "benchmark/baselines.py"):
             (root / path).write_text(FAKE)
         self.goes_wrong()
-        monkeypatch.setattr(runner, "ROOT", root)
+        for module in (self.runner, self.jobs):
+            monkeypatch.setattr(module, "ROOT", root)
 
     def learns_offline(self, *scripts: str):
         """Scripts that learn from a dataset, the online scripts, the collector and what it uses, all pretended."""
@@ -254,7 +255,7 @@ class Tree:
 
 @pytest.fixture
 def tree(tmp_path, templates, modules, monkeypatch) -> Iterator[Tree]:
-    made = Tree(tmp_path / "a tree", templates, modules.runner, monkeypatch)
+    made = Tree(tmp_path / "a tree", templates, modules, monkeypatch)
     monkeypatch.chdir(made.root)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield made
@@ -266,7 +267,7 @@ def tree(tmp_path, templates, modules, monkeypatch) -> Iterator[Tree]:
 def undisturbed(tmp_path, templates, modules, monkeypatch) -> dict:
     """What a run that nothing happens to leaves."""
     with monkeypatch.context() as patch:
-        other = Tree(tmp_path / "undisturbed", templates, modules.runner, patch)
+        other = Tree(tmp_path / "undisturbed", templates, modules, patch)
         patch.chdir(other.root)
         other.no_board()
         assert other.run() == 0
@@ -629,7 +630,7 @@ def test_failures_of_baselines_cost_no_other_row(tree):
 
 def test_an_error_of_the_runner_itself_is_a_red_row(tree, capsys):
     tree.no_board()
-    fine = tree.runner.run_process
+    fine = tree.jobs.run_process
 
     def full(command, folder, *rest):
         if "__1__" in folder.name:
@@ -637,7 +638,7 @@ def test_an_error_of_the_runner_itself_is_a_red_row(tree, capsys):
         return fine(command, folder, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree.runner, "run_process", full)
+        patch.setattr(tree.jobs, "run_process", full)
         assert tree.run() == 1
     (path,) = tree.runs.glob("*/failed__*/run.json")
     run = json.loads(path.read_text())
@@ -780,7 +781,7 @@ def test_a_cluster_runs_the_same_jobs(tree, undisturbed, monkeypatch):
     path = init["runtime_env"]["env_vars"]["PYTHONPATH"].split(os.pathsep)
     assert path == [str(tree.root), str(tree.root / "benchmark"), "mine"]
     assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-    assert remote == {"num_cpus": tree.runner.limits_of(tree.args())[0].threads, "max_retries": 0}
+    assert remote == {"num_cpus": tree.runner.limits_of(tree.args())[0].threads, "num_gpus": 0.0, "max_retries": 1}
 
 
 def test_a_lost_machine_is_a_red_row(tree, monkeypatch):

@@ -141,6 +141,16 @@ def test_seeds_of_a_market_made_of_another_are_one_group_for_the_same_symbols(tm
     assert len(found["groups"]) == 2 and "args.symbols" in found["banner"][0]
 
 
+def test_shards_of_a_panel_are_groups_of_their_own(tmp_path):
+    for seed, shard in ((1, "0/2"), (2, "0/2"), (1, "1/2"), (3, "0/1")):
+        make_run(tmp_path, "ppo", seed, args={"shard": shard})
+    make_run(tmp_path, "other", 1)  # a script that always trades all
+    found = assemble(tmp_path)
+    names = sorted((row["name"], row["seeds"]) for group in found["groups"] for row in group["rows"])
+    assert len(found["groups"]) == 3 and "args.shard" in found["banner"][0]
+    assert names == [("other", 1), ("ppo", 1), ("ppo", 1), ("ppo", 2)]
+
+
 def test_configurations_of_one_script_are_rows_of_their_own(tmp_path):
     make_run(tmp_path, "ppo", args={"portfolio": {"scale": 0.5, "costs": "x"}, "runs_dir": "here"})
     make_run(tmp_path, "ppo", args={"portfolio": {"scale": 1.0, "costs": "y"}, "runs_dir": "there"})

@@ -117,6 +117,14 @@ def flags_of(script: Path, arguments: list[str]) -> dict[str, Flag]:
     return found
 
 
+def require_flags(script: Path, arguments: list[str], flags: dict[str, Flag]):
+    """Raises ValueError naming the first flag among a script's arguments that it does not have."""
+    for part in arguments:
+        name = part.partition("=")[0].removeprefix("--").replace("_", "-")
+        if part.startswith("--") and name.removeprefix("no-") not in flags and name not in flags:
+            raise ValueError(f"{part}: {script.name} has no such flag; expected, after --, flags of the script")
+
+
 def distribution(flag: Flag, text: str) -> BaseDistribution:
     """What the right side of an entry of --space stands for. Raises ValueError saying what was expected."""
     if flag.kind is None:

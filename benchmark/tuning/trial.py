@@ -1,7 +1,6 @@
 """One trial of a sweep: the script as a process for every seed and market, watched while it runs, and its validation score."""
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -24,13 +23,13 @@ from optuna.trial import TrialState
 from scipy.stats import trim_mean
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmark.processes import end_with_parent
 from benchmark.tuning.space import Value, as_arguments, brief, environment
 from envs import ledger
 from envs.portfolio_references import utility
 
 POLL = 1.0  # seconds between two looks at a running process
 PATIENCE = 5.0  # seconds that a process has to end by itself
-LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # of prctl, <linux/prctl.h>
 IQM = partial(trim_mean, proportiontocut=0.25)
 
 
@@ -149,12 +148,6 @@ def run_process(command: list[str], folder: Path, timeout: float, look: Callable
         end_group(process)
     if process.returncode:
         raise Failure(f"exit code {process.returncode}: {last_lines(log, 1)}")
-
-
-def end_with_parent(number: int):
-    """For a new process: have the system send it a signal when its parent is gone, however that ended. Linux only."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
 def end_group(process: subprocess.Popen):
