@@ -125,13 +125,13 @@ def test_initial_weights(script):
     width = 64
     agent = script.module.Agent(SIZE, ACTIONS, WINDOW, BARS, 2, width, 4)
     for layer in agent.layers:
-        for weight, fans in (
-            (layer.query.weight, 2 * width), (layer.key_value.weight[:width], 2 * width),
-            (layer.key_value.weight[width:], 2 * width), (layer.output.weight, 2 * width),
-            (layer.feedforward[0].weight, 5 * width), (layer.feedforward[2].weight, 5 * width),
-        ):  # fmt: skip
+        key, value = layer.key_value.weight.chunk(2)
+        weights = {weight: 2 * width for weight in (layer.query.weight, key, value, layer.output.weight)}
+        weights |= {layer.feedforward[0].weight: 5 * width, layer.feedforward[2].weight: 5 * width}
+        for weight, fans in weights.items():
             bound = (6 / fans) ** 0.5
-            assert 0.95 * bound < weight.abs().max() <= bound and weight.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+            assert 0.95 * bound < weight.abs().max() <= bound
+            assert float(weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.05)
     assert agent.embed.weight.abs().max() <= (6 / (4 + width)) ** 0.5
     for head, scale in ((agent.actor[-1], 0.01), (agent.critic[-1], 1.0), (agent.actor[2], 2**0.5)):
         gram = head.weight @ head.weight.T
@@ -177,8 +177,9 @@ def test_the_book_and_the_symbols(script, base):
     table = trades.by_symbol(val, base.json["panel"]["bars_per_year"])
     assert list(base.json["symbols"]) == list(table) == base.json["panel"]["symbols"]
     for name, row in table.items():
-        plain = {key: value if np.isfinite(value) else None for key, value in row.items()}
-        assert base.json["symbols"][name] == pytest.approx(plain, rel=1e-12), name
+        told = {key: np.nan if value is None else value for key, value in base.json["symbols"][name].items()}
+        finite = {key: value if np.isfinite(value) else np.nan for key, value in row.items()}
+        assert told == pytest.approx(finite, rel=1e-12, nan_ok=True), name
         assert re.search(rf"^{name} .* {row['trades']} ", base.done.stdout, re.MULTILINE)
     assert base.json["scores"]["val"]["agent"]["growth"] == pytest.approx(base.json["val_growth"], rel=1e-9)
 
@@ -220,7 +221,7 @@ def planted(g, choose, free=None):
     "orders, alarm",
     [
         ([HOLD], "nothing was ever bought"),
-        ([BUY_LARGE], "hold is 99.9% of all orders where there was a choice"),
+        ([BUY_LARGE], "hold is 99.7% of all orders where there was a choice"),
         ([BUY_LARGE, SELL_ALL, HOLD], None),
         ([BUY_LARGE, ADD, HOLD, HOLD], "hold is"),
     ],
@@ -301,7 +302,7 @@ def test_two_runs_are_ranked_beside_each_other(script, base, inside, tmp_path):
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
     page = (tmp_path / "board" / "scoreboard.md").read_text()
-    assert script.name in page and "failed" not in page.lower(), page
+    assert page.count("| " + script.name.replace("_", r"\_")) == 2 and "\n2 runs, " in page, page
 
 
 def test_rewards_are_weighted_by_their_flags(script, inside):
