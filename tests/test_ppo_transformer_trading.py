@@ -185,8 +185,8 @@ def test_the_book_and_the_symbols(script, base):
     assert base.json["scores"]["val"]["agent"]["growth"] == pytest.approx(base.json["val_growth"], rel=1e-9)
 
 
-def test_the_share_of_the_optimum_is_of_single_accounts(script, base, inside):
-    g = inside("--resume", str(base.folder))
+def test_the_share_of_the_optimum_is_of_single_accounts(base, inside, tmp_path):
+    g = inside("--resume", str(shutil.copytree(base.folder, tmp_path / "copy")))
     growths = [ledger.growth(frame).mean() for frame in (g["frames"]["test"], g["others"]["optimal band"])]
     assert base.json["optimum_share"] == pytest.approx(growths[0] / growths[1], rel=1e-12) and growths[1] > 0
     assert f"optimal band's growth: {base.json['optimum_share']:.3f}" in base.done.stdout
