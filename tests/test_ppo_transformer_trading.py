@@ -310,6 +310,16 @@ def test_two_runs_are_ranked_beside_each_other(script, base, inside, tmp_path):
     assert page.count("| " + script.name.replace("_", r"\_")) == 2 and "\n2 runs, " in page, page
 
 
+def test_what_follows_a_cut_episode_is_seen_through_the_same_normaliser(script, inside):
+    """With the statistics of the rollouts before: those that a run ends with which is one iteration shorter."""
+    options = [*script.short, "--learning-rate", "0", "--episode-length", "9"]
+    before, g = (inside(*options, "--total-timesteps", str(1024 * n)) for n in (2, 3))
+    with torch.no_grad():
+        expected = g["agent"].value(g["agent"].encode(before["agent"].norm(g["final_obs"])))
+    torch.testing.assert_close(g["next_values"][g["at_step"], g["at_env"]], expected)
+    assert len(expected) > 50 and (before["agent"].norm.mean.abs() > 0.1).any()
+
+
 def test_rewards_count_in_typical_bars_of_training(script, inside):
     """By default; whatever the market's volatility, and its test split."""
     scales = []
