@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 # Threads that wait spin only briefly: with libgomp's default one busy neighbour makes training ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic matrix products are refused on CUDA
+import numba
 import numpy as np
 import pandas as pd
 import torch
@@ -642,6 +643,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    numba.get_num_threads()  # starts Numba's, which changes the number of torch's: so before the next line
     torch.set_num_threads(args.num_threads)
     risk_aversion = args.risk_aversion if args.utility == "mean_variance" else 1.0
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")

@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic matrix products are refused on CUDA
 import gymnasium as gym
+import numba
 import numpy as np
 import pandas as pd
 import torch
@@ -288,6 +289,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    numba.get_num_threads()  # starts Numba's, which changes the number of torch's: so before the next line
     torch.set_num_threads(args.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 

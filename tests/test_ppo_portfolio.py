@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run_python
 from scipy.stats import kstest
 from scripts import SCRIPTS, Bandit, Run, Toy, actions_of, candles, prices
 from torch.distributions import Independent, Normal
@@ -277,3 +278,16 @@ def test_the_final_evaluation_plays_the_mean_action(script, inside, register):
     assert g["run"]["eval_return"] == pytest.approx(-50 * np.square(action - 0.5).sum(), rel=1e-4)
     assert len(g["returns"]) == 16 and g["run"]["eval_return"] > g["run"]["last_100_returns"] + 10
     assert json.loads((g["run_dir"] / "run.json").read_text())["eval_return"] == g["run"]["eval_return"]
+
+
+def test_torch_keeps_to_the_threads_that_were_asked_for(script, tmp_path):
+    """In a process of its own: where both use one OpenMP, Numba sets the number of torch's threads as it starts."""
+    options = [*script.short, "--total-timesteps", "1024", "--num-threads", "1", "--no-cuda", "--runs-dir", str(tmp_path)]
+    code = (
+        f"import runpy, sys; sys.argv = {[str(script.path), *options]!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "import torch; print('threads', torch.get_num_threads())"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "threads 1"

@@ -166,6 +166,12 @@ def test_the_same_seed_gives_the_same_bits_on_two_threads(script, inside):
     assert_same_run(first, second)
 
 
+def test_numbas_threads_start_before_torchs_are_counted(script):
+    """What that order is for: test_ppo_portfolio.test_torch_keeps_to_the_threads_that_were_asked_for."""
+    source = script.path.read_text()
+    assert 0 < source.find("numba.get_num_threads()") < source.find("torch.set_num_threads(")
+
+
 def test_killed_and_resumed_is_never_interrupted(script, base, inside, tmp_path, capsys):
     """kill -9 after some checkpoints; --resume takes the arguments from the run, and ends with the same bits."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
