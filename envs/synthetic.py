@@ -17,6 +17,7 @@ from envs.files import load_panel
 from envs.histories import INTRADAY, OVERNIGHT, Histories
 from envs.panel import Panel, PanelError
 from envs.resampled import is_resampled, resampled, source_of
+from envs.synthetic_modes import Modes
 
 SPLITS = ("train", "val", "test")
 SLOW, FAST = 0, 1  # values of hidden["regime"] on the lead-lag market
@@ -403,7 +404,7 @@ def stationary_deviation(half_life: float, vol: float) -> float:
 
 MARKETS = {
     "leadlag": LeadLag, "hidden": Hidden, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton,
-    "black-scholes": BlackScholes, "tail": Tail, "ou": OrnsteinUhlenbeck,
+    "black-scholes": BlackScholes, "tail": Tail, "ou": OrnsteinUhlenbeck, "modes": Modes,
 }  # fmt: skip
 
 
