@@ -115,6 +115,38 @@ def _frame(panel, split, first, steps, records, actions, extra=(), labels=None):
     return pd.concat(parts, ignore_index=True)
 
 
+def book(ledger: pd.DataFrame) -> pd.DataFrame:
+    """One account per range of a ledger with one per range and symbol: columns LEDGER, `market` the number of the range.
+
+    It gives every symbol of the range an equal budget at the start and lets each run: its equity is their mean. The
+    budget of a symbol is cash, without interest, before its first row and after its last. Returns and costs are fractions of
+    the whole equity at the last mark, so that the identity of costs.RECORD holds; turnover and exposures, which count by the
+    equity at the fill, are means over the symbols by their equity at the last mark. `action` (S,) are the shares of the equity
+    that the symbols, in order of their first rows, hold just after the fill.
+
+    Raises ValueError if the ledger lacks the columns symbol and range.
+    """
+    if not {"symbol", "range"} <= set(ledger.columns):
+        raise ValueError(f"book: columns {list(ledger.columns)}: expected symbol and range among them, as Trading-v0 has")
+    parts = []
+    for number, part in ledger.groupby("range"):
+        times, row = np.unique(part["timestamp"].to_numpy(), return_inverse=True)
+        column, symbols = pd.factorize(part["symbol"])
+        equity = np.full((len(times) + 1, len(symbols)), np.nan)  # row 0: the start
+        equity[0], equity[row + 1, column] = 1.0, part["equity"]
+        equity = pd.DataFrame(equity).ffill().to_numpy()
+        share = equity[:-1] / equity[:-1].sum(axis=1, keepdims=True)
+        out = pd.DataFrame({"split": part["split"].iloc[0], "market": number, "timestamp": times})
+        for name in RECORD[:-1]:
+            values = np.zeros(share.shape)
+            values[row, column] = part[name]
+            out[name] = (share * values).sum(axis=1)
+        out["equity"] = equity[1:].mean(axis=1)
+        out["action"] = list(share * values)  # of the last field of RECORD but equity: net exposure
+        parts.append(out)
+    return pd.concat(parts, ignore_index=True)
+
+
 def growth(ledger: pd.DataFrame) -> np.ndarray:
     """Net log growth of every bar, as in the reward of the environments: no bar counts for less than log(RUIN)."""
     return np.log(np.maximum(1.0 + ledger["net_return"].to_numpy(), RUIN))

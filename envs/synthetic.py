@@ -355,15 +355,15 @@ class Tail(Histories):
 class OrnsteinUhlenbeck(Histories):
     """Log prices that revert to a level: buying low pays, and costs make it best to do nothing inside a band.
 
-    The deviation of an asset's log price from its level, log(100), is an Ornstein-Uhlenbeck process, sampled at opens and closes;
-    the night is OVERNIGHT^2 of a bar. It halves in `half_life` bars, on average, and `vol` is the standard deviation of what a bar
+    The deviation of an asset's log price from its level is an Ornstein-Uhlenbeck process, sampled at opens and closes; the
+    night is OVERNIGHT^2 of a bar. It halves in `half_life` bars, on average; `vol` is the standard deviation of what a bar
     adds. Histories begin in the stationary distribution; assets are independent. In `hidden`: `deviation` at the close,
-    `half_life` and `volatility`; `trading_references.optimal_band` knows what is best.
+    `half_life` and `volatility`; `trading_references.optimal_band` says what is best.
     """
 
     train: int = 20
-    half_life: float = 10.0
-    vol: float = 0.01
+    half_life: float = 5.0
+    vol: float = 0.001  # small, so that costs matter: buying below the level and selling above earns 0.7 of what the band does
 
     def __post_init__(self):
         Histories.__post_init__(self)

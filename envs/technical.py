@@ -28,7 +28,7 @@ def technical_features(panel: Panel) -> tuple[tuple[str, ...], np.ndarray]:
 def oscillators(panel: Panel) -> np.ndarray:
     """(T, N, len(OSCILLATORS)) float32: where every symbol's price stands among its own last ones.
 
-    rsi: sum of the last 14 log returns over the sum of their sizes, from -1 to 1: Cutler's relative strength index, 2 RSI / 100 - 1.
+    rsi: sum of the last 14 log returns over the sum of their sizes: Cutler's relative strength index, scaled to -1..1.
     channel: place of the close between the lowest (-1) and the highest (1) of the last 20; 0 if they are the same.
     zscore: log close less its mean over the last W bars, in standard deviations of the same, clipped to +-5 (20 bars: the place
     in Bollinger's bands); 0 where it has not varied. Prices are carried forward over bars without trade; windows are shorter

@@ -2,17 +2,17 @@
 
 An order is decided at the close of bar t and filled by the rule of the panel (`costs.FILLS`). Long only, nothing is borrowed.
 A stop or target is filled by the path of bar t+1, pessimistically: a bar that opens beyond the level fills at its open; one
-that touches both levels fills at the stop; and money that is invested for part of a bar pays the carry of the whole bar. Only
-what was held when a price was made is closed at it:
+that touches both levels fills at the stop; what was invested for a part of the bar pays the carry of all of it. Levels are
+those of what is held when a price is made:
 
-- next_open: a position that was held before is closed where the bar opens beyond its level, and the order is cancelled; else the
+- next_open: where the bar opens beyond a level of what was held before, that is closed, and the order is cancelled; else the
   order is filled at the open, and what is held then may be closed by the rest of the bar.
-- next_close: the bar's path runs before the order: where it closes the position, the order is cancelled.
+- next_close: the bar's path comes before the order: where it closes the position, the order is cancelled.
 - same_close: the order is filled at the close of t; all of bar t+1, its opening gap included, runs over what is held then.
 
-Exits that need no price are orders at the ordinary fill and override the agent's: max_holding, daily loss, breaker; a weight
-above max_exposure is cut back, unless the agent sells more. Without a bar of the symbol nothing is filled, and the agent's order
-is void; one that is delisted is closed at its last price.
+Exits that need no price are orders at the ordinary fill and override the agent's: max_holding, daily loss, breaker. A weight
+above max_exposure is cut back to it, unless the agent sells more. Without a bar of the symbol nothing is filled, and the
+agent's order is void; a symbol that is delisted is closed at its last price.
 """
 
 import math
@@ -53,10 +53,10 @@ from envs.vector import (
 ORDERS = ("hold", "buy_small", "buy_medium", "buy_large", "sell_part", "sell_all", "add")
 HOLD, BUY_SMALL, BUY_MEDIUM, BUY_LARGE, SELL_PART, SELL_ALL, ADD = range(7)
 EVENTS = ("none", "stop", "target", "max_hold", "daily_loss", "breaker", "exposure", "delisted")
-NO_EVENT, STOP, TARGET, MAX_HOLD, DAILY_LOSS, BREAKER, EXPOSURE, DELISTED_EVENT = range(8)
+NO_EVENT, STOP, TARGET, MAX_HOLD, DAILY_LOSS, BREAKER, EXPOSURE, DELISTING = range(8)
 REWARDS = ("pnl", "cost", "holding", "sharpe", "drawdown", "sizing", "hold")
 COMPONENTS = (*REWARDS, "event", "masked")
-NEXT_OPEN, NEXT_CLOSE, SAME_CLOSE = (FILLS.index(fill) for fill in ("next_open", "next_close", "same_close"))
+NEXT_CLOSE, SAME_CLOSE = FILLS.index("next_close"), FILLS.index("same_close")
 HOLDING_BARS = 252.0  # bars held that the component `holding` counts as 1
 PATIENCE = 20.0  # bars held that an agent sees as one half
 STATE = [
@@ -70,7 +70,6 @@ STATE = [
     ("breaker_peak", np.float64),
     *MOMENTS,
 ]
-S_TARGET, S_TO_FILL, S_TO_MARK, S_STATUS, S_RECORD = range(5)  # the kernels' scratch; last, the record of a second step
 
 
 class Parameters(NamedTuple):
@@ -242,62 +241,49 @@ def order_one(i, m, p, s, memory, actions, b):
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
+def settle(i, m, s, memory, b, target, to_fill, to_mark, status, years, equity, record):
+    """`account_step` for the one symbol of market i at its row; the arguments that are arrays there are numbers here."""
+    x, j = b.scratch[i], s.symbol
+    x[0], x[1], x[2], x[3] = target, to_fill, to_mark, status
+    impact = m.impact[min(s.t, len(m.impact) - 1), j : j + 1]
+    return account_step(memory[i, :1], x[0:1], x[1:2], x[2:3], x[3:4], impact, years, m.fill_at_end, equity, m.rates[0], record)
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
 def trade_one(i, m, p, state, memory, actions, b):
     """First half of a bar of market i: the order and the exits, their fills, the mark."""
-    s = state[i]
+    s, record = state[i], b.record[i]
     t, j, held = s.t, s.symbol, memory[i, 0]
-    mark, open_, high, low = m.close[t, j], m.open[t + 1, j], m.high[t + 1, j], m.low[t + 1, j]
-    here = m.present[t + 1, j]
-    scratch, record = b.scratch[i], b.record[i]
-    weight, impact = memory[i, :1], m.impact[min(t, len(m.impact) - 1), j : j + 1]
-
+    open_, high, low, here = m.open[t + 1, j], m.high[t + 1, j], m.low[t + 1, j], m.present[t + 1, j]
     target, drifted, event = order_one(i, m, p, s, memory, actions, b)
     to_fill, to_mark, status = m.to_fill[t, j], m.to_mark[t, j], m.status[t, j]
     if status == DELISTED:
-        event = DELISTED_EVENT if held > 0.0 else NO_EVENT
+        event = DELISTING if held > 0.0 else NO_EVENT
     elif status == UNTRADABLE or target == drifted:
         status, event = UNTRADABLE, NO_EVENT
-    if held > 0.0 and here and m.fill != SAME_CLOSE:  # the position's path before the order is filled
+
+    if held > 0.0 and here and m.fill != SAME_CLOSE:  # the path before the order is filled, over what was held
         stop, goal = levels(p, s.entry)
-        if m.fill == NEXT_OPEN:
-            exit_, price = touched(stop, goal, open_, open_, open_)
-        else:
-            exit_, price = touched(stop, goal, open_, high, low)
+        whole = m.fill == NEXT_CLOSE  # else only the gap
+        exit_, price = touched(stop, goal, open_, high if whole else open_, low if whole else open_)
         if exit_ != NO_EVENT:
-            event, target, status = exit_, 0.0, TRADABLE
-            to_fill, to_mark = price / mark - 1.0, 0.0
-
-    scratch[S_TARGET], scratch[S_TO_FILL], scratch[S_TO_MARK], scratch[S_STATUS] = target, to_fill, to_mark, status
-    growth = account_step(
-        weight, scratch[S_TARGET:S_TO_FILL], scratch[S_TO_FILL:S_TO_MARK], scratch[S_TO_MARK:S_STATUS], scratch[S_STATUS:S_RECORD],
-        impact, m.years[t], m.fill_at_end, s.equity, m.rates[0], record,
-    )  # fmt: skip
-
-    bought = status == TRADABLE and target > drifted
-    if bought:
-        fill = mark * (1.0 + to_fill)
-        size = record[TURNOVER]
+            event, target, status, to_fill, to_mark = exit_, 0.0, TRADABLE, price / m.close[t, j] - 1.0, 0.0
+    growth = settle(i, m, s, memory, b, target, to_fill, to_mark, status, m.years[t], s.equity, record)
+    if status == TRADABLE and target > drifted:
+        fill, size = m.close[t, j] * (1.0 + to_fill), record[TURNOVER]
         s.entry = (drifted * s.entry + size * fill) / (drifted + size) if drifted > 0.0 else fill
-        s.adds += drifted > 0.0
-    if weight[0] > 0.0 and here and m.fill != NEXT_CLOSE:  # the rest of the path, over what is held after the fill
+        s.adds += 1 if drifted > 0.0 else 0
+
+    if memory[i, 0] > 0.0 and here and m.fill != NEXT_CLOSE:  # the path after it, over what is held now
         stop, goal = levels(p, s.entry)
         exit_, price = touched(stop, goal, open_, high, low)
         if exit_ != NO_EVENT:
-            # The bar in two steps: to the exit as if it were the mark, with the carry of the whole bar; then out, at once.
-            event, years = exit_, m.years[t]
-            weight[0], growth = held, 1.0
-            scratch[S_TO_MARK] = price / (mark * (1.0 + to_fill)) - 1.0
-            for second in range(2):
-                row = scratch[S_RECORD:] if second else record
-                growth *= account_step(
-                    weight, scratch[S_TARGET:S_TO_FILL], scratch[S_TO_FILL:S_TO_MARK], scratch[S_TO_MARK:S_STATUS], scratch[S_STATUS:S_RECORD],
-                    impact, years, m.fill_at_end, s.equity * growth, m.rates[0], row,
-                )  # fmt: skip
-                years = 0.0
-                scratch[S_TARGET], scratch[S_TO_FILL], scratch[S_TO_MARK], scratch[S_STATUS] = 0.0, 0.0, 0.0, TRADABLE
-            combine_records(record, scratch[S_RECORD:])
+            # The bar is marked at its close, as ever; the exit takes back what came after it, and closes.
+            event, back = exit_, price / m.close[t + 1, j] - 1.0
+            growth *= settle(i, m, s, memory, b, 0.0, back, 0.0, TRADABLE, 0.0, s.equity * growth, b.scratch[i, 4:])
+            combine_records(record, b.scratch[i, 4:])
 
-    if weight[0] == 0.0:
+    if memory[i, 0] == 0.0:
         s.entry, s.held, s.adds = 0.0, 0, 0
     elif held > 0.0 or m.fill != NEXT_CLOSE:  # what was bought at the close of this bar was not held over it
         s.held += 1
@@ -311,7 +297,7 @@ def trade_one(i, m, p, state, memory, actions, b):
     b.components[i, 0] = math.log(max(growth, RUIN))
     b.components[i, 6] = b.choice[i] == HOLD and held == 0.0
     b.components[i, 7] = event
-    limit_one(m, p, s, before, weight[0])
+    limit_one(m, p, s, before, memory[i, 0])
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
@@ -403,16 +389,16 @@ class TradingVectorEnv(MarketVectorEnv):
 
     data: TradingData, or what `--market` takes (then `market_seed` and fields of TradingConfig may follow).
     split: a Split of its panel, or "train", "val", "test" of `panel.split()`. Market i trades symbol i modulo the number of
-    symbols that have a run in the split (`TradingData.runs`), always the same; episodes last `episode_length` bars (0: to the end
-    of the run) from a random bar of its runs, or with random_start=False from the start of run i: all symbols of the first range,
-    then those of the next (`num_runs` markets make a backtest). `first_market` counts from another i than 0.
+    symbols that have a run in the split (`TradingData.runs`), always the same. Episodes last `episode_length` bars (0: to the
+    end of the run) from a random bar of its runs, or with random_start=False from the start of run i: all symbols in the first
+    range, then those in the next; `num_runs` markets make a backtest. `first_market`: the number i of the first market.
     reward_weights: weights of REWARDS: `pnl` (net log growth; 1 by default), `sharpe` (differential Sharpe ratio), and the
-    penalties `cost` (this bar's, already in pnl), `holding` (bars held / 252), `drawdown`, `sizing` (distance of the weight held
-    from that of TradingConfig.target_volatility) and `hold` (1 for holding on while flat).
+    penalties `cost` (the bar's, which pnl holds already), `holding` (bars held / 252), `drawdown`, `sizing` (distance of the
+    weight held from that of TradingConfig.target_volatility) and `hold` (1 for HOLD while flat).
 
-    A masked action is executed as HOLD. `infos["choice"]` (n,) are the orders executed, `infos["symbol"]` (n,) the panel's number
-    of each market's symbol; `infos["components"]` the components, unweighted, and `event` (number in EVENTS: what closed or cut
-    the position in this bar but for the agent) and `masked` (1 where the action was).
+    A masked action is executed as HOLD. `infos["choice"]` (n,) are the orders executed, `infos["symbol"]` (n,) the panel's
+    number of each market's symbol; `infos["components"]` are the components, unweighted, and `event` (a number in EVENTS: what
+    but the agent closed or cut the position in this bar) and `masked` (1 where the action was).
     """
 
     component_names = COMPONENTS
@@ -445,7 +431,7 @@ class TradingVectorEnv(MarketVectorEnv):
             raise ValueError(f"reward_weights: {sorted(self.reward_weights)}: expected only {REWARDS}")
         super().__init__(
             num_envs, data.panel, split, data.observation_size, gym.spaces.Discrete(len(ORDERS)), episode_length, random_start,
-            extra_state=STATE, memory_size=1, choice=np.zeros(num_envs, np.int64), scratch=(S_RECORD + len(RECORD),),
+            extra_state=STATE, memory_size=1, choice=np.zeros(num_envs, np.int64), scratch=(4 + len(RECORD),),
             num_masked=len(ORDERS), num_threads=num_threads,
         )  # fmt: skip
         self._market = data.market(self.split)

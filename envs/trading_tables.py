@@ -109,11 +109,11 @@ class TradingMarket(NamedTuple):
 class TradingData:
     """A panel with the tables of Trading-v0 over it, shared by all environments on that panel.
 
-    Attributes: `panel`, `config`, `costs` (Costs), `fill`, `columns` (numbers of the symbols to be traded), `features` (names of
-    the F technical features), `forecasts` (names of the panel's extra series: those per symbol, then the global ones), and
-    `layout`: the name of each block of the observation -> slice. `window` is (config.window, F), oldest bar first, zeros before a
-    history begins; `position` and `portfolio` are named by POSITION and PORTFOLIO, `regime` by features.REGIME_FEATURES; a
-    forecast is 0 where nothing is known yet. Raises ValueError naming the field, PanelError for the panel.
+    Attributes: `panel`, `config`, `costs` (Costs), `fill`, `columns` (numbers of the symbols to be traded), `features` (names
+    of the F technical features), `forecasts` (names of the panel's extra series: those per symbol, then the global ones), and
+    `layout`: the name of each block of the observation -> slice. Block `window` is (config.window, F), the oldest bar first,
+    with zeros before a history begins; POSITION and PORTFOLIO name `position` and `portfolio`, features.REGIME_FEATURES
+    `regime`; a forecast is 0 where nothing is known yet. Raises ValueError naming the field, PanelError for the panel.
 
     Where a panel has no opens the close is a bar's only price, so that stops and targets are touched, and filled, at closes.
     """
