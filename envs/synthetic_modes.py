@@ -33,7 +33,9 @@ class Modes(Histories):
     """
 
     assets: int = 4
-    train: int = 20
+    bars: int = 1000
+    train: int = 60
+    val: int = 12
     vol: float = 0.015
     regime_bars: float = 150.0
     drift: float = 0.3
