@@ -562,6 +562,7 @@ if __name__ == "__main__":
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
     episode_return, recent_returns = np.zeros(args.num_envs), []
     first_obs, infos = train_envs.reset(seed=args.seed)
+    torch.set_num_threads(args.num_threads)  # again: where both use one OpenMP, the kernels' first run has set it for torch too
     obs[0] = torch.as_tensor(first_obs.reshape(args.num_envs, -1))
     if "action_mask" in infos:
         masks[0] = torch.as_tensor(infos["action_mask"])

@@ -25,7 +25,7 @@ class Modes(Histories):
     is -1, 0 or 1 in the three regimes, plus noise of `tone_noise`; volatility is the same in all. Drifts and `vol`, the
     standard deviation of a bar without them, are per bar, drifts in units of vol; all drifts are in the session, so that an order
     at the next open has the whole of them. A long-only account that knows them (session by session, without costs) earns per bar,
-    in units of vol: trend drift / 2 = 0.15, event about 0.12, revert about 0.13; the other two specialists earn nothing in a
+    in units of vol: trend drift / 2 = 0.15, event about 0.13, revert about 0.17; the other two specialists earn nothing in a
     regime, or lose: what follows prices and what goes against them are each other's opposite.
 
     In `hidden`: `regime` and `best_intent` (bars,), numbers in INTENTS, and `expected_return`, the mean simple return of the
@@ -40,7 +40,7 @@ class Modes(Histories):
     regime_bars: float = 150.0
     drift: float = 0.3
     drift_bars: float = 50.0
-    half_life: float = 3.0
+    half_life: float = 2.0
     reaction: float = 0.7
     event_bars: int = 4
     quiet_bars: float = 8.0
