@@ -1,4 +1,4 @@
-"""PPO (arXiv:1707.06347) with a gate over specialists: options (Sutton, Precup & Singh 1999) of experts (Jacobs et al. 1991)."""
+"""PPO (arXiv:1707.06347) with a gate over specialists: options (Sutton, Precup & Singh 1999), experts (Jacobs et al. 1991)."""
 
 import argparse
 import dataclasses
@@ -33,7 +33,7 @@ from envs.side_by_side import SideBySide
 from envs.synthetic import load_market
 from envs.synthetic_modes import EVENT, INTENTS, REVERT, TREND
 from envs.task import describe_task, provenance
-from envs.trading import ADD, BUY_LARGE, BUY_MEDIUM, ORDERS, REWARDS
+from envs.trading import ADD, BUY_LARGE, BUY_MEDIUM, REWARDS
 from envs.trading_tables import TradingConfig, TradingData
 
 MARKET_ENV = "Trading-v0"
@@ -112,7 +112,7 @@ class Args:
     trading: Trading = field(default_factory=Trading)
     """costs, fill, orders, exits, risk limits and what an agent sees"""
     consensus: bool = True
-    """show agents the consensus of simple forecasts: its size, dispersion, hit rate, threshold and reason (envs/consensus.py)"""
+    """show agents what simple forecasts agree on: consensus, dispersion, hit rate, threshold, reason (envs/consensus.py)"""
     episode_length: int = 64
     """bars in a training episode, which starts at a random bar"""
     reward_pnl: float = 1.0
@@ -142,11 +142,11 @@ class Args:
     """bars for which the gate's choice acts; it ends with the episode, and in training with the rollout"""
     stages: tuple[float, float, float] = (0.4, 0.4, 0.2)
     """shares of the training: specialists alone; the gate, over frozen specialists; both"""
-    gate_learning_rate: float = 1e-3
-    """learning rate of the gate; slower than the specialists, whose changes it follows"""
-    gate_floor: float = 0.05
+    gate_learning_rate: float = 2e-3
+    """learning rate of the gate; like the other it falls over the whole training, so that the gate learns more slowly"""
+    gate_floor: float = 0.15
     """probability that the gate shares out equally in training, so that no specialist starves; in backtests it has none"""
-    gate_balance: float = 0.01
+    gate_balance: float = 0.05
     """bonus for a gate that is sure of single choices and uses all specialists: entropy of its mean choice minus its mean
     entropy; it fades to 0 over the training, because it would go on to even out what is better uneven"""
     gate_ent_coef: float = 0.0
@@ -188,7 +188,7 @@ class Args:
     """end an update once a minibatch's approximate KL exceeds this"""
     reward_scale: float = 100.0
     """factor on the rewards that the critic sees"""
-    eval_every: int = 20
+    eval_every: int = 40
     """iterations between two backtests on the validation split"""
     patience: int = 0
     """stop after so many of them without a better score (0: never); the best model is kept in any case"""
@@ -337,7 +337,7 @@ def mixed(gate_log_probs, log_probs):
 
 
 def advantages_of(rewards, values, next_values, terminated, done, decided, gamma, gae_lambda):
-    """Generalised advantage estimates (T, n) of decisions that act until the next one, or the end of the episode or of the rollout.
+    """Generalised advantage estimates (T, n) of decisions that act until the next one, or the end of episode or rollout.
 
     All arguments are (T, n). values: at every bar; next_values: of what follows each bar, which counts where a decision's time is
     over, unless terminated there. With n bars elapsed delta = sum_{i<n} gamma^i r_i + gamma^n V' - V, and the next decision's

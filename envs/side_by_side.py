@@ -22,11 +22,12 @@ class SideBySide(gym.vector.VectorEnv):
         if not parts:
             raise ValueError("SideBySide: no environments: expected at least 1")
         self.parts = parts
-        self.single_observation_space, self.single_action_space = parts[0].single_observation_space, parts[0].single_action_space
-        for part in parts[1:]:
-            found = part.single_observation_space, part.single_action_space
-            if found != (self.single_observation_space, self.single_action_space):
-                raise ValueError(f"SideBySide: spaces {found}: expected those of the first, {self.single_observation_space}")
+        self.single_observation_space = parts[0].single_observation_space
+        self.single_action_space = parts[0].single_action_space
+        spaces = [(part.single_observation_space, part.single_action_space) for part in parts]
+        for found in spaces[1:]:
+            if found != spaces[0]:
+                raise ValueError(f"SideBySide: spaces {found}: expected those of the first, {spaces[0]}")
         self.metadata = parts[0].metadata
         self.num_envs = sum(part.num_envs for part in parts)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
