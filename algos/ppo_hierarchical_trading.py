@@ -32,7 +32,7 @@ from envs.panel import Split
 from envs.side_by_side import SideBySide
 from envs.synthetic import load_market
 from envs.synthetic_modes import EVENT, INTENTS, REVERT, TREND
-from envs.task import describe_task, provenance
+from envs.task import provenance
 from envs.trading import ADD, BUY_LARGE, BUY_MEDIUM, REWARDS
 from envs.trading_tables import TradingConfig, TradingData
 
@@ -44,8 +44,7 @@ LOSSES = (
     "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "gate_policy_loss", "gate_value_loss", "gate_entropy",
     "gate_spread",
 )  # fmt: skip
-SHORTEST = 10  # bars of a stretch of one regime that a specialist is trained on
-BURST, TRENDING = 0.3, 1.0  # log volatility of 5 bars over that of 60, and |trend| of 60 bars, in standard deviations
+SHORTEST = 5  # bars of a stretch of one regime that a specialist is trained on
 MEMORY_RATE = 0.05  # of the gate's moving averages: about 20 bars
 
 
@@ -80,7 +79,7 @@ class Args:
     checkpoint_every: int = 20
     """iterations between two checkpoints (model.pt)"""
     log_dataset: str | None = None
-    """folder to log episodes of the training split to as offline data, a dataset for each entry of --log-at"""
+    """with --env-id: folder to log episodes to as offline data, a dataset for each entry of --log-at"""
     log_at: tuple[float, ...] = (1.0,)
     """shares of the training after which the policy of that moment is logged, as it explores; 1 also if --patience ends it"""
     log_episodes: int = 100
@@ -132,8 +131,9 @@ class Args:
 
     specialists: Literal["modes", "intents", "flat"] = "intents"
     """modes: probe (opens small), passive (small or medium, never adds), aggressive (all orders), trained first on all bars;
-    intents: trend, revert, event, each trained first on stretches of its own regime: the market's true one where that is known
-    (synthetic:modes), else event where volatility bursts, trend where the market has gone far in 60 bars, revert elsewhere;
+    intents: trend, revert, event, each trained first on stretches of its own regime: the true one on synthetic:modes, elsewhere
+    event on the third of the training bars where volatility has risen most (20 bars against 60), trend on the half of the
+    others where the market has gone furthest in 60 bars, revert on the rest;
     flat: one specialist and no gate, which is plain PPO"""
     gate: Literal["options", "mixture"] = "options"
     """options: the gate's choice acts for --decide-every bars, and the gate learns from what it earned by then; mixture: the
@@ -339,9 +339,9 @@ def mixed(gate_log_probs, log_probs):
 def advantages_of(rewards, values, next_values, terminated, done, decided, gamma, gae_lambda):
     """Generalised advantage estimates (T, n) of decisions that act until the next one, or the end of episode or rollout.
 
-    All arguments are (T, n). values: at every bar; next_values: of what follows each bar, which counts where a decision's time is
-    over, unless terminated there. With n bars elapsed delta = sum_{i<n} gamma^i r_i + gamma^n V' - V, and the next decision's
-    advantage counts gamma^n lambda: gamma once a bar, lambda once a decision (Sutton, Precup & Singh 1999; arXiv:1506.02438).
+    All arguments are (T, n). values: at every bar; next_values: of what follows each bar, which counts where a decision's time
+    is over, unless terminated there. With n bars elapsed delta = sum_{i<n} gamma^i r_i + gamma^n V' - V, and the next
+    decision's advantage counts gamma^n lambda: gamma once a bar, lambda once a decision (Sutton et al. 1999; arXiv:1506.02438).
     Where `decided` is true at every bar these are the plain ones; rows where it is not mean nothing.
     """
     out = torch.zeros_like(rewards)
@@ -377,18 +377,21 @@ def shares_of(number, parts):
     return [len(part) for part in np.array_split(np.arange(number), parts)]
 
 
-def intents_of(panel):
-    """(T,) number in INTENTS that each bar is given to in the specialists' own training."""
+def intents_of(panel, split):
+    """(T,) number in INTENTS that each bar is given to in the specialists' own training: what --specialists says."""
     if "best_intent" in panel.hidden:
         return panel.hidden["best_intent"]
     features = dict(zip(REGIME_FEATURES, regime_features(panel).T))
-    label = np.where(np.abs(features["trend_60"]) > TRENDING, TREND, REVERT)
-    return np.where(features["vol_ratio"] > BURST, EVENT, label)
+    inside = np.concatenate([np.arange(start, stop) for start, stop in split.ranges])
+    risen, gone = features["log_vol_20"] - features["log_vol_60"], np.abs(features["trend_60"])
+    event = risen > np.quantile(risen[inside], 2 / 3)
+    far = gone > np.median(gone[inside][~event[inside]])
+    return np.where(event, EVENT, np.where(far, TREND, REVERT))
 
 
 def own_bars(panel, split, intent):
     """The stretches of a split, of SHORTEST bars or more, that are given to an intent. Raises ValueError if there is none."""
-    own = intents_of(panel) == intent
+    own = intents_of(panel, split) == intent
     ranges = []
     for start, stop in split.ranges:
         edges = np.flatnonzero(np.diff(own[start:stop].astype(np.int8), prepend=0, append=0)) + start
@@ -401,8 +404,8 @@ def own_bars(panel, split, intent):
 def usage(used, names, best=None):
     """How a gate used its specialists.
 
-    used: (T, n) number of the specialist that acted at each bar of each market, -1 where there was none; best: the same of the one
-    that is known to be best, or None. Returns `usage` by name (shares of the bars), `switches` (share of the bars after a
+    used: (T, n) number of the specialist that acted at each bar of each market, -1 where there was none; best: the same of the
+    one that is known to be best, or None. Returns `usage` by name (shares of the bars), `switches` (share of the bars after a
     market's first at which another one acts than before), `run_length` (mean bars between switches), and where `best` is known
     `accuracy` (share of bars at which they agree) and `in_<name>`, the usage where that specialist is best.
     """
@@ -484,6 +487,10 @@ if __name__ == "__main__":
     if logged and not checkpoint:
         sys.exit(f"--log-dataset {args.log_dataset}: holds {logged[0].parent.name} already; expected none of this seed")
     is_market = args.env_id == MARKET_ENV
+    if args.log_dataset and is_market:
+        sys.exit(
+            f"--log-dataset {args.log_dataset}: expected only with --env-id of Gymnasium; {MARKET_ENV} has no offline data"
+        )
     if not is_market and args.specialists == "modes":
         sys.exit(f"--specialists modes: expected intents or flat with --env-id {args.env_id}, which has other orders")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
@@ -654,10 +661,8 @@ if __name__ == "__main__":
         if path.exists():
             return  # logged before the run was interrupted
         seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0])  # market i takes seed + i
-        noise, now, chosen = torch.Generator().manual_seed(seed), agent.blank(min(64, args.log_episodes))
-        acting = torch.zeros(len(now), dtype=torch.int64, device=device)
-
-        age = np.zeros(len(now), np.int64)
+        noise, now = torch.Generator().manual_seed(seed), agent.blank(min(64, args.log_episodes))
+        acting, age = torch.zeros(len(now), dtype=torch.int64, device=device), np.zeros(len(now), np.int64)
 
         def act(observation, mask, _, begun):
             nonlocal now, acting, age
@@ -681,17 +686,12 @@ if __name__ == "__main__":
             now = agent.remember(now, acting, args.reward_scale * torch.as_tensor(reward, dtype=torch.float32).to(device))
 
         act.after = after
-        task, costs, panel_sha256, timestamps = {"env_id": args.env_id, "seed": args.seed}, None, None, None
-        if is_market:
-            options = {name: env_options[name] for name in ("episode_length", "reward_weights")}
-            task = describe_task(args.env_id, args, args.trading, **options)
-            costs, panel_sha256, timestamps = dataclasses.asdict(data.costs), panel.sha256, panel.timestamps
         weights = b"".join(value.cpu().numpy().tobytes() for value in agent.state_dict().values())
         behaviour = {"policy": args.exp_name, "step": global_step, "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
-        meta = provenance(task, panel_sha256, costs, run["git_commit"], args.gamma, [behaviour])
-        few = dataclasses.replace(args, num_envs=len(now))
-        episodes = make_envs(few, splits, env_options, PHASES.index("joint"))
-        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed, timestamps)
+        task = {"env_id": args.env_id, "seed": args.seed}
+        meta = provenance(task, None, None, run["git_commit"], args.gamma, [behaviour])
+        episodes = make_envs(dataclasses.replace(args, num_envs=len(now)), splits, env_options, phase)
+        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed)
 
     log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None

@@ -53,8 +53,8 @@ def consensus(panel: Panel, costs: Costs) -> Consensus:
     that reaches back before the symbol's listing begins there. Bars count by symbol: those at which it trades.
 
     The first reason that holds: `no_data` (fewer than FEWEST_HITS decided bars), `missed` (hit rate of LOWEST_HIT_RATE or
-    less), `dispersed` (dispersion above WIDEST times the size of the consensus), `small` (size below the threshold), `pass`. The
-    threshold is round_trip / max(2 h - 1, SMALLEST_EDGE) at a hit rate of h: a move of size m, guessed with probability h,
+    less), `dispersed` (dispersion above WIDEST times the size of the consensus), `small` (size below the threshold), `pass`.
+    The threshold is round_trip / max(2 h - 1, SMALLEST_EDGE) at a hit rate of h: a move of size m, guessed with probability h,
     earns (2 h - 1) m on average, the edge of Kelly (1956), and must pay for the round trip.
     """
     price = np.log(panel.filled("close"))

@@ -15,21 +15,21 @@ TREND, REVERT, EVENT = range(3)
 class Modes(Histories):
     """The regime is one for all assets, lasts `regime_bars` on average, and is followed by either of the others:
 
-    - trend: each asset drifts by `drift` up or down, and changes direction every `drift_bars` on average;
-    - revert: each asset's price, measured from where it was when the regime began, reverts to it with a half-life of
-      `half_life` bars, by what the deviation at the last close says;
-    - event: each asset goes by its extra series `surprise`, and drifts by `reaction` for as long as that is not 0, with its sign.
+    - trend: each asset drifts by `drift` up or down, and draws its direction anew every `drift_bars` on average;
+    - revert: each asset reverts to its price of when the regime began: by what its deviation at the last close says, which
+      halves in `half_life` bars;
+    - event: each asset drifts by `reaction` with the sign of its extra series `surprise`, until that is 0 again.
 
     `surprise` is +1 or -1 in the bar of a surprise, then falls in equal steps to 0 over `event_bars`; the next one comes after
     `quiet_bars` on average. It does so in every regime, but tells something in one of them only. The global extra series `tone`
-    is -1, 0 or 1 in the three regimes, plus noise of `tone_noise`; volatility is the same in all. Drifts and `vol`, the
-    standard deviation of a bar without them, are per bar, drifts in units of vol; all drifts are in the session, so that an order
-    at the next open has the whole of them. A long-only account that knows them (session by session, without costs) earns per bar,
-    in units of vol: trend drift / 2 = 0.15, event about 0.13, revert about 0.17; the other two specialists earn nothing in a
-    regime, or lose: what follows prices and what goes against them are each other's opposite.
+    is -1, 0 or 1 in the three regimes, plus noise of `tone_noise`; volatility is the same in all. `vol` is the standard
+    deviation of a bar; drifts are per bar, in units of vol, and all in the session, so that an order for the open before has the
+    whole of them. An account, long only and without costs, that knows what is expected of each session earns per bar, in units
+    of vol: 0.15 in trend, 0.16 in revert, 0.13 in event. What earns in one regime earns nothing in the others, or loses: to
+    follow prices and to go against them are each other's opposite, and surprises mean nothing there.
 
     In `hidden`: `regime` and `best_intent` (bars,), numbers in INTENTS, and `expected_return`, the mean simple return of the
-    session of each bar given all bars before it, and the directions of the present one.
+    session of each bar given the bars before it, its regime and the directions of its trends.
     """
 
     assets: int = 4

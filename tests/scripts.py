@@ -55,6 +55,7 @@ class Script:
     numbers: tuple[str, ...] = ()  # in run.json besides what all have
     columns: tuple[str, ...] = LEDGER
     unexplained: tuple[str, ...] = ()  # flags that --help only lists
+    logs: bool = True  # offline data of its market
     policy: Callable = lambda g: g["agent_policy"]  # the variables of a run -> its policy for backtests of the test split
     run: str = "online_run"  # fixture of its short run
 
@@ -244,6 +245,7 @@ SCRIPTS = {
             ),
             kept=("envs", "obs", "mask", "memory", "phase"),
             policy=lambda g: g["make_policy"]([]),
+            logs=False,
             unexplained=tuple(name for name in TradingConfig.__dataclass_fields__ if name != "symbols"),
         ),
         PPOScript(

@@ -60,12 +60,13 @@ def by_hand(panel: Panel, costs: Costs, i: int):
 
 
 def trending(bars=260, seed=3):
-    """Two symbols: one with momentum, one random; and a series that knows half of the first one's next return."""
+    """Two symbols: one with momentum, one random; and a series that knows of the next return of the first one alone."""
     rng = np.random.default_rng(seed)
     noise = 0.01 * rng.standard_normal((bars, 2))
     for t in range(1, bars):
         noise[t, 0] += 0.5 * noise[t - 1, 0]
-    hint = np.vstack([noise[1:], noise[:1]]) * 0.5 + 0.005 * rng.standard_normal((bars, 2))
+    hint = 0.005 * rng.standard_normal((bars, 2))
+    hint[:-1, 0] += 0.5 * noise[1:, 0]
     return noise, hint
 
 
@@ -96,9 +97,8 @@ def test_every_reason_by_hand():
     found = consensus(steady, dear)
     assert (found.reason[22:] == SMALL).all() and found.threshold[30, 0] == pytest.approx(0.012)
     assert 0.005 < found.mean[59, 0] < 0.01
-    # up and down by turns, after a rise: what went wrong so far misses
-    turns = np.concatenate([np.full(25, 0.01), np.tile([-0.03, 0.03], 20)])
-    found = consensus(panel_of(turns), FREE)
+    # nothing to be found: what went wrong more often than not misses
+    found = consensus(panel_of(0.01 * np.random.default_rng(1).standard_normal(200)), FREE)
     assert MISSED in found.reason and (found.hit_rate[found.reason == MISSED] <= 0.5).all()
     # a series of one's own that says the opposite of what price forecasters learned
     noise, hint = trending()
@@ -114,7 +114,7 @@ def test_the_threshold_grows_as_the_hit_rate_falls():
     known = np.isfinite(found.hit_rate)
     edge = 2 * found.hit_rate[known] - 1
     np.testing.assert_allclose(found.threshold[known], 4e-4 / np.maximum(edge, 0.1))
-    assert edge.max() > 0.3 and edge.min() < 0.05
+    assert edge.max() > 0.3 and edge.min() < 0.1
     assert round_trip(CHEAP) == pytest.approx(2 * (0.5 + 1.0 + 0.5) * 1e-4)
     assert round_trip(Costs("x", 1, 2, 4, 8, 100)) == pytest.approx(2 * 15e-4)
 

@@ -20,9 +20,10 @@ LENGTH = 16  # bars of an episode
 KEYS = ("observations", "actions", "next_observations", "terminals", "timeouts", "rewards")
 PPO = [name for name, script in SCRIPTS.items() if isinstance(script, PPOScript)]
 both_kinds = pytest.mark.parametrize("script", PPO, indirect=True)
+of_markets = pytest.mark.parametrize("script", [name for name in PPO if SCRIPTS[name].logs], indirect=True)
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=[name for name, script in SCRIPTS.items() if script.logs])
 def script(request) -> Script:
     return SCRIPTS[request.param]
 
@@ -219,7 +220,7 @@ def test_rewards_are_those_that_training_ends_with(script, options, inside, tmp_
     assert len(set(rows["actions"])) == 5 and rows["infos/action_mask"].sum() > 4 * len(rows["actions"])
 
 
-@both_kinds
+@of_markets
 def test_an_early_stop_is_the_end(script, options, inside, tmp_path):
     logging = ["--log-dataset", str(tmp_path / "logs"), "--log-episodes", "3"]
     g = inside(*options, "--patience", "1", "--eval-every", "1", "--learning-rate", "0", *logging)

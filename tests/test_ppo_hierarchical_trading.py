@@ -131,7 +131,7 @@ def test_no_specialist_gets_less_than_its_share_of_the_floor(module):
     agent = make_agent(module, floor=0.3)
     torch.nn.init.normal_(agent.gate[-1].weight, std=300.0)  # as sure as can be
     x, memory = torch.randn(300, 5), torch.randn(300, 3, 3)
-    p = agent.gate_log_probs(x, memory).exp()
+    p = agent.gate_log_probs(x, memory).exp().detach()
     torch.testing.assert_close(p.sum(1), torch.ones(300))
     assert p.min() == pytest.approx(0.1, abs=1e-4) and p.max() == pytest.approx(0.8, abs=1e-4)
     agent.gate_floor = 0.0
@@ -240,11 +240,14 @@ def test_the_stretches_of_an_intent(module):
     together = np.concatenate(rows)
     assert len(set(together)) == len(together) and together.max() < 800 and len(together) > 600
     noise = make_panel("synthetic:noise:bars=800:train=1:val=1:test=1", 3)
-    labels = module.intents_of(noise)
-    assert (np.bincount(labels, minlength=3) > 20).all()
+    labels = module.intents_of(noise, noise.split()["train"])
     features = dict(zip(module.REGIME_FEATURES, module.regime_features(noise).T))
-    np.testing.assert_array_equal(labels == 2, features["vol_ratio"] > 0.3)
-    np.testing.assert_array_equal(labels == 0, (np.abs(features["trend_60"]) > 1) & (labels != 2))
+    risen, gone = (features["log_vol_20"] - features["log_vol_60"]), np.abs(features["trend_60"])
+    own = np.arange(800)  # of the training history: thirds; where volatility rose, and of the others where prices went far
+    np.testing.assert_allclose(np.bincount(labels[own]) / 800, 1 / 3, atol=0.002)
+    assert risen[own][labels[own] == 2].min() > risen[own][labels[own] != 2].max()
+    assert gone[own][labels[own] == 0].min() > gone[own][labels[own] == 1].max()
+    assert risen[labels == 2].min() > risen[labels != 2].max()  # the same bounds for all
 
 
 @pytest.mark.parametrize(
@@ -439,7 +442,7 @@ def test_run_json_and_events_report_the_gate(script, base):
     events.Reload()
     tags = {"gate/accuracy", "gate/switches", "gate/run_length", *(f"gate/usage_{name}" for name in NAMES)}
     assert tags <= set(events.Tags()["scalars"])
-    assert [e.value for e in events.Scalars("charts/phase")] == [0.0] * 8 + [1.0] * 6 + [2.0] * 6
+    assert [e.value for e in events.Scalars("charts/phase")] == [0.0] * 8 + [1.0] * 8 + [2.0] * 4
     assert f"gate: accuracy{reports['test']['accuracy']:34.3f}" in base.done.stdout
 
 
@@ -478,6 +481,7 @@ def test_the_policy_of_a_backtest_remembers_as_in_training(script, base, inside)
 def test_bars_from_a_csv_file(script, inside, tmp_path, specialists):
     candles().to_csv(tmp_path / "bars.csv", index=False)
     options = ["--market", str(tmp_path / "bars.csv"), "--specialists", specialists, "--total-timesteps", "5120"]
+    options += ["--train-fraction", "0.7", "--val-fraction", "0.15", "--embargo", "0"]
     run = Run(inside(*script.short, *options)["run_dir"])
     names = run.json["gate"]["test"]["usage"]
     assert list(run.json["scores"]["test"]) == ["agent", *(f"{name} alone" for name in names), "flat", "buy and hold"]
@@ -505,7 +509,7 @@ def test_closes_from_a_csv_file_flat_and_without_consensus(script, inside, tmp_p
         (["--decide-every", "0"], ("--decide-every 0", "at least 1")),
         (["--num-envs", "2", "--num-minibatches", "1"], ("--num-envs 2", "at least 3")),
         (["--specialists", "all"], ("--specialists", "modes", "intents", "flat")),
-        (["--market", "synthetic:modes:regime_bars=1"], ("--specialists intents", "10 training bars in a row")),
+        (["--market", "synthetic:modes:regime_bars=1"], ("--specialists intents", "5 training bars in a row")),
         (["--env-id", "CartPole-v1", "--specialists", "modes"], ("--specialists modes", "CartPole-v1")),
     ],
 )

@@ -61,8 +61,9 @@ def test_the_model_is_chosen_on_validation_and_the_test_split_read_once(script, 
 
 def score_of(script, g, frame) -> float:
     years = g["panel"].bars_per_year
+    if "symbol" in frame:
+        frame = ledger.book(frame)
     if script.score == "growth":
-        frame = ledger.book(frame) if "symbol" in frame else frame
         return float(ledger.growth(frame).mean() * years)
     return portfolio_references.utility(frame, 1 + 2 * g["args"].penalty_variance, years)
 
