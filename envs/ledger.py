@@ -136,13 +136,13 @@ def book(ledger: pd.DataFrame) -> pd.DataFrame:
         equity[0], equity[row + 1, column] = 1.0, part["equity"]
         equity = pd.DataFrame(equity).ffill().to_numpy()
         share = equity[:-1] / equity[:-1].sum(axis=1, keepdims=True)
+        shares = {name: np.zeros(share.shape) for name in RECORD[:-1]}  # what the symbols contribute
+        for name, contributed in shares.items():
+            contributed[row, column] = part[name]
+            contributed *= share
         out = pd.DataFrame({"split": part["split"].iloc[0], "market": number, "timestamp": times})
-        for name in RECORD[:-1]:
-            values = np.zeros(share.shape)
-            values[row, column] = part[name]
-            out[name] = (share * values).sum(axis=1)
-        out["equity"] = equity[1:].mean(axis=1)
-        out["action"] = list(share * values)  # of the last field of RECORD but equity: net exposure
+        out = out.assign(**{name: contributed.sum(axis=1) for name, contributed in shares.items()})
+        out["equity"], out["action"] = equity[1:].mean(axis=1), list(shares["net_exposure"])
         parts.append(out)
     return pd.concat(parts, ignore_index=True)
 

@@ -29,8 +29,10 @@ def describe_task(env_id: str, args, config: LeadLagConfig | PortfolioConfig, **
     args: has the flags of MARKET and SPLITS, and perhaps those of SERIES. options: of the vector env of `env_id`, besides data
     and split: what defines its actions, rewards, guards and episodes.
 
-    Raises AttributeError for a flag that is missing.
+    Raises AttributeError for a flag that is missing, ValueError for an environment whose market cannot be rebuilt.
     """
+    if env_id not in MARKETS:
+        raise ValueError(f"env_id {env_id!r}: its data cannot be logged; expected one of {list(MARKETS)}")
     options = {name: asdict(value) if isinstance(value, RegimeGuard) else value for name, value in options.items()}
     flags = {name: getattr(args, name) for name in (*MARKET, *SPLITS)}
     flags |= {name: getattr(args, name) for name in SERIES if hasattr(args, name)}

@@ -59,6 +59,7 @@ COMPONENTS = (*REWARDS, "event", "masked")
 NEXT_CLOSE, SAME_CLOSE = FILLS.index("next_close"), FILLS.index("same_close")
 HOLDING_BARS = 252.0  # bars held that the component `holding` counts as 1
 PATIENCE = 20.0  # bars held that an agent sees as one half
+SLACK = 1e-9  # of weights: by so little a limit is not exceeded but rounded
 STATE = [
     ("symbol", np.int64),  # the panel's number of it
     ("held", np.int64),  # bars that the position has been held over
@@ -173,7 +174,7 @@ def observe(i, m, p, s, memory, mask, obs):
     mask[i, BUY_LARGE] = can_open and p.large <= p.max_position
     mask[i, SELL_PART] = here and w > 0.0
     mask[i, SELL_ALL] = here and w > 0.0
-    mask[i, ADD] = here and not blocked and w > 0.0 and s.adds < p.max_adds and w + p.add <= p.max_position
+    mask[i, ADD] = here and not blocked and w > 0.0 and s.adds < p.max_adds and w + p.add <= p.max_position + SLACK
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
@@ -235,7 +236,7 @@ def order_one(i, m, p, s, memory, actions, b):
         return 0.0, drifted, DAILY_LOSS
     if w > 0.0 and s.held >= p.max_holding:
         return 0.0, drifted, MAX_HOLD
-    if w > p.max_exposure and target > p.max_exposure:
+    if w > p.max_exposure + SLACK and target > p.max_exposure:
         return p.max_exposure, drifted, EXPOSURE
     return target, drifted, NO_EVENT
 

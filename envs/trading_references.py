@@ -74,10 +74,10 @@ def optimal_band(half_life: float, vol: float, costs: Costs, fill: str, points: 
     half_life and vol as in synthetic.OrnsteinUhlenbeck. With two weights, all or nothing, that is a band. With more of them
     `buy` and `sell` are where the first share is bought or sold; where impact is quadratic that earns more, with five weights
     2% at the defaults. State: deviation at a close (`points` of them) and weight held, in between by interpolation. Choice:
-    hold, which lets the weight drift, or bring it to one of these weights at the fill, after the costs that `account_step` takes
-    for it; square-root impact and interest are left out. A step runs from one close to the next, in two parts, before and
-    after the fill, each integrated by Gauss-Hermite quadrature; it earns the log growth of equity. Relative value iteration
-    (Puterman 1994, 8.5) gives the mean growth per bar, and the values by which to choose.
+    hold, which lets the weight drift, or bring it to one of these weights at the fill, after the costs that `account_step`
+    takes for it; square-root impact and interest are left out. A step runs from one close to the next, in two parts, before
+    and after the fill, each integrated by Gauss-Hermite quadrature; it earns the log growth of equity. Relative value
+    iteration (Puterman 1994, 8.5) gives the mean growth per bar, and the values by which to choose.
 
     Raises ValueError if the fill rule is unknown, or there are fewer than two weights or three points.
     """

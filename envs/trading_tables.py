@@ -16,8 +16,23 @@ from envs.technical import technical_features
 
 WARMUP = 60  # bars of a symbol's own before its first decision: the longest window of the features but the slow z-scores
 DELIST_AFTER = 10  # missing bars, as in costs.execution
-POSITION = ("weight", "unrealised_return", "bars_held", "adds_used", "to_stop", "to_target", "flat")
-PORTFOLIO = ("drawdown", "today", "mean_return", "volatility", "exposure_left", "blocked")
+POSITION = (
+    "weight",  # of equity
+    "unrealised_return",  # of the price, from the average entry
+    "bars_held",  # n bars: n / (n + 20)
+    "adds_used",  # share of max_adds
+    "to_stop",  # fall of the price to the stop, as a fraction of it; 0: none
+    "to_target",  # rise to the target; 0: none
+    "flat",  # 1 without a position
+)
+PORTFOLIO = (
+    "drawdown",  # not positive
+    "today",  # return since the last mark of the calendar date before
+    "mean_return",  # of recent bars, with the next one as in vector.follow_return
+    "volatility",
+    "exposure_left",  # max_position less the weight
+    "blocked",  # 1 where the daily loss or the breaker forbids to buy
+)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from envs.leadlag import LeadLagVectorEnv
+from envs.leadlag import LeadLagEnv, LeadLagVectorEnv
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.panel import Panel, Split
-from envs.portfolio import PortfolioVectorEnv, RegimeGuard
+from envs.portfolio import PortfolioEnv, PortfolioVectorEnv, RegimeGuard
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import make_panel
+from envs.trading import TradingEnv, TradingVectorEnv
+from envs.trading_tables import TradingConfig, TradingData
+from envs.vector import MarketEnv, MarketVectorEnv
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("CLEANMARKETS_DATA", ROOT.parent / "shared" / "data"))  # real prices, no part of the project
@@ -46,6 +49,17 @@ GUARD = RegimeGuard(
     guard_drawdown=0.02, guard_return=-0.01, guard_window=7, guard_penalty=0.05, guard_turnover=0.4, guard_probe=0.3
 )
 PENALTIES = {"differential_sharpe": 0.1, "turnover": 0.1, "drawdown": 0.2, "cvar": 0.3, "variance": 0.4}
+# Trading-v0: every exit and every limit, on prices of 2% a day
+TRADING = dict(
+    window=5, sizes=(0.25, 0.5, 0.8), max_position=0.8, max_exposure=0.8, stop_loss=0.05, take_profit=0.06, max_holding=6,
+    daily_loss=0.02, max_drawdown=0.04, breaker_bars=3,
+)  # fmt: skip
+BURDENS = {"cost": 0.1, "holding": 0.2, "sharpe": 0.1, "drawdown": 0.2, "sizing": 0.1, "hold": 0.05}
+KINDS = {
+    LeadLagData: (LeadLagVectorEnv, LeadLagEnv),
+    PortfolioData: (PortfolioVectorEnv, PortfolioEnv),
+    TradingData: (TradingVectorEnv, TradingEnv),
+}
 
 pytest.register_assert_rewrite("scripts", "offline_cases")
 
@@ -81,11 +95,20 @@ def calm_data(small_panel) -> PortfolioData:
     return PortfolioData(small_panel)
 
 
-@pytest.fixture(params=(*ACTIONS, "simplex", "long/short"))
-def market(request, small_data, portfolios) -> tuple[LeadLagData | PortfolioData, dict]:
-    """Tables and options of an environment of each kind: LeadLag-v0 by action, Portfolio-v0 by constraints."""
+@pytest.fixture(scope="session")
+def tradings() -> dict[str, TradingData]:
+    """Fill rule -> tables over a ragged panel with a series per symbol and a global one, at high costs."""
+    return {fill: trading_data(ragged_with_series(), fill=fill) for fill in FILLS}
+
+
+@pytest.fixture(params=(*ACTIONS, "simplex", "long/short", "trading"))
+def market(request, small_data, portfolios, tradings) -> tuple[LeadLagData | PortfolioData | TradingData, dict]:
+    """Tables and options of an environment of each kind: LeadLag-v0 by action, Portfolio-v0 by constraints, Trading-v0."""
     if request.param in ACTIONS:
         return small_data, {"actions": request.param, "max_jump": 1, "reward_weights": {"strength": 1.0}}
+    if request.param == "trading":
+        data = tradings["next_open"]
+        return data, {"split": whole(data.panel), "reward_weights": BURDENS}
     data = portfolios[request.param]
     return data, {"split": whole(data.panel), "guard": GUARD, "reward_weights": PENALTIES}
 
@@ -94,6 +117,10 @@ def portfolio_data(name: str, panel: Panel, groups: Path, **changes) -> Portfoli
     groups.write_text("symbol,group\n" + "".join(f"{s},{'odd' if i % 2 else 'even'}\n" for i, s in enumerate(panel.symbols)))
     config = {key: str(groups) if value == "{groups}" else value for key, value in CONSTRAINTS[name].items()}
     return PortfolioData(panel, PortfolioConfig(**({"costs": DEAR} | config | changes)))
+
+
+def trading_data(panel: Panel, **changes) -> TradingData:
+    return TradingData(panel, TradingConfig(**({"costs": DEAR} | TRADING | changes)))
 
 
 def ragged_with_series() -> Panel:
@@ -147,9 +174,15 @@ def whole(panel: Panel) -> Split:
     return Split("test", np.array([[0, panel.num_bars]]))
 
 
-def make_env(data: LeadLagData | PortfolioData, num_envs: int = 1, **kwargs) -> LeadLagVectorEnv | PortfolioVectorEnv:
-    kind = LeadLagVectorEnv if isinstance(data, LeadLagData) else PortfolioVectorEnv
-    return kind(num_envs, data=data, **kwargs)
+def make_env(data: LeadLagData | PortfolioData | TradingData, num_envs: int = 1, **kwargs) -> MarketVectorEnv:
+    return KINDS[type(data)][0](num_envs, data=data, **kwargs)
+
+
+def single_env(data: LeadLagData | PortfolioData | TradingData, number: int = 0, **kwargs) -> MarketEnv:
+    """What market `number` of a vector env is alone."""
+    if isinstance(data, TradingData):
+        kwargs |= {"first_market": number}
+    return KINDS[type(data)][1](data=data, **kwargs)
 
 
 def random_actions(env, steps: int, seed: int = 0) -> np.ndarray:
@@ -161,7 +194,7 @@ def random_actions(env, steps: int, seed: int = 0) -> np.ndarray:
     return (rng.standard_normal((steps, *env.action_space.shape)) * sizes).clip(-10, 10).astype(np.float32)
 
 
-def rollout(env: LeadLagVectorEnv | PortfolioVectorEnv, actions: np.ndarray, seed: int | None = 0) -> dict[str, np.ndarray]:
+def rollout(env: MarketVectorEnv, actions: np.ndarray, seed: int | None = 0) -> dict[str, np.ndarray]:
     """All that the env says: name -> (steps, n, ...). `seen_obs`, `seen_mask`, `row`: what each action was decided on.
 
     `final_obs` and `final_mask` are zero where no episode ended. With seed None the env goes on from where it is.
@@ -177,7 +210,7 @@ def rollout(env: LeadLagVectorEnv | PortfolioVectorEnv, actions: np.ndarray, see
         mask, done = infos.get("action_mask", mask), terminated | truncated
         step = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated, "mask": mask}
         step |= {"record": infos["record"], "row": infos["decided_at"]}
-        step |= {name: infos[name] for name in ("lookback", "choice") if name in infos}
+        step |= {name: infos[name] for name in ("lookback", "choice", "symbol") if name in infos}
         step |= {f"component_{name}": values for name, values in infos["components"].items()}
         step["final_obs"] = np.where(done[:, None], infos.get("final_obs", obs), 0)
         step["final_mask"] = np.where(done[:, None], infos.get("final_action_mask", mask), False)
@@ -225,8 +258,10 @@ def kernel_trace(data, target: str, actions: str = "", num_envs: int = 6, steps:
             actions=actions, max_jump=1, reward_weights={"strength": 0.3, "stability": 0.2, "extremity": 0.1, "jump": 0.05},
             anneal_steps=70, curriculum=(5, 12), curriculum_steps=50, episode_length=17,
         )  # fmt: skip
-    else:
+    elif isinstance(data, PortfolioData):
         options = dict(guard=GUARD, reward_weights=PENALTIES, episode_length=25)
+    else:
+        options = dict(reward_weights=BURDENS, episode_length=25)
     env = make_env(data, num_envs, split=whole(data.panel), num_threads=threads, **options)
     env.parallel = target == "parallel"
     if target == "cuda":

@@ -1,6 +1,6 @@
 """One step, four targets: serial, parallel, pure Python and CUDA (simulated) write the same bits; and the disk cache works.
 
-LeadLag-v0 by kind of action, Portfolio-v0 by kind of constraints.
+LeadLag-v0 by kind of action, Portfolio-v0 by kind of constraints, Trading-v0 by fill rule.
 """
 
 import shutil
@@ -10,6 +10,7 @@ import pytest
 from conftest import (
     ACTIONS,
     CONSTRAINTS,
+    FILLS,
     ROOT,
     assert_same_bits,
     kernel_trace,
@@ -20,6 +21,7 @@ from conftest import (
 )
 
 from envs.portfolio_tables import PortfolioData
+from envs.trading_tables import TradingData
 
 PURE_PYTHON = {"NUMBA_DISABLE_JIT": "1"}
 SIMULATOR = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
@@ -29,7 +31,7 @@ import dataclasses, sys
 import conftest
 from numba.core.dispatcher import Dispatcher
 panel = conftest.ragged_panel(0)
-for data in (conftest.LeadLagData(panel, conftest.TINY), conftest.PortfolioData(panel)):
+for data in (conftest.LeadLagData(panel, conftest.TINY), conftest.PortfolioData(panel), conftest.TradingData(panel)):
     for number in (1, 16):
         env = conftest.make_env(data, number, split=conftest.whole(panel))
         env.reset(seed=0)
@@ -122,9 +124,44 @@ def test_portfolio_simulated_cuda_equals_pure_python(portfolios, portfolios_pure
     assert_same_trace(kernel_trace_in_process(portfolios[name], tmp_path, "cuda", **SIMULATOR), portfolios_pure_python[name])
 
 
-@pytest.mark.parametrize("kind", ("leadlag", "portfolio"))
+@pytest.fixture(scope="module")
+def tradings_serial(tradings):
+    return {fill: kernel_trace(tradings[fill], "serial", steps=400) for fill in FILLS}
+
+
+@pytest.fixture(scope="module")
+def tradings_pure_python(tradings, tmp_path_factory):
+    return {
+        fill: kernel_trace_in_process(tradings[fill], tmp_path_factory.mktemp(fill), "serial", **PURE_PYTHON) for fill in FILLS
+    }
+
+
+def test_trading_traces_hold_many_episodes_and_every_exit(tradings_serial):
+    for trace in tradings_serial.values():
+        assert trace["truncated"].sum() >= 60 and (trace["components"][..., :7] != 0).any(axis=(0, 1)).all()
+        assert set(np.unique(trace["choice"])) == set(range(7)) == set(np.unique(trace["components"][..., 7]))
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("fill", FILLS)
+def test_trading_parallel_equals_serial(tradings, tradings_serial, fill, threads):
+    assert_same_trace(kernel_trace(tradings[fill], "parallel", steps=400, threads=threads), tradings_serial[fill])
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_trading_pure_python_equals_compiled(tradings_serial, tradings_pure_python, fill):
+    steps = len(tradings_pure_python[fill]["obs"])
+    assert_same_trace(tradings_pure_python[fill], {name: x[:steps] for name, x in tradings_serial[fill].items()})
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_trading_simulated_cuda_equals_pure_python(tradings, tradings_pure_python, fill, tmp_path):
+    assert_same_trace(kernel_trace_in_process(tradings[fill], tmp_path, "cuda", **SIMULATOR), tradings_pure_python[fill])
+
+
+@pytest.mark.parametrize("kind", ("leadlag", "portfolio", "trading"))
 def test_a_market_does_not_depend_on_how_many_others_run(small_data, small_panel, kind):
-    data = small_data if kind == "leadlag" else PortfolioData(small_panel)
+    data = {"leadlag": small_data, "portfolio": PortfolioData(small_panel), "trading": TradingData(small_panel)}[kind]
     few, many = (make_env(data, n, episode_length=20) for n in (3, 40))
     assert not few.parallel and many.parallel
     chosen = random_actions(many, 60)

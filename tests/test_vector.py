@@ -1,16 +1,10 @@
-"""What LeadLag-v0 and Portfolio-v0 share: seeds, autoreset, who owns an array, and a state that goes on bit for bit."""
+"""What the environments share: seeds, autoreset, who owns an array, and a state that goes on bit for bit."""
 
 import numpy as np
 import pytest
-from conftest import SMALL, assert_same_bits, assert_same_rollout, make_env, random_actions, rollout, run_python
+from conftest import SMALL, assert_same_bits, assert_same_rollout, make_env, random_actions, rollout, run_python, single_env
 
-from envs.leadlag import LeadLagEnv
 from envs.leadlag_tables import LeadLagData
-from envs.portfolio import PortfolioEnv
-
-
-def single_env(data, **options):
-    return (LeadLagEnv if isinstance(data, LeadLagData) else PortfolioEnv)(data=data, **options)
 
 
 def test_market_i_at_seed_s_is_the_single_env_at_seed_s_plus_i(market):
@@ -22,7 +16,7 @@ def test_market_i_at_seed_s_is_the_single_env_at_seed_s_plus_i(market):
     assert log["truncated"].sum() >= 12 and not log["terminated"].any()
     masked = log["seen_mask"].shape[2] > 0
     for i in range(4):
-        single = single_env(data, episode_length=21, **options)
+        single = single_env(data, i, episode_length=21, **options)
         obs, info = single.reset(seed=50 + i)
         for n in range(len(chosen)):
             assert_same_bits(obs, log["seen_obs"][n, i], "obs")
