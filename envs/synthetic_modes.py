@@ -23,8 +23,8 @@ class Modes(Histories):
     `surprise` is +1 or -1 in the bar of a surprise, then falls in equal steps to 0 over `event_bars`; the next one comes after
     `quiet_bars` on average. It does so in every regime, but tells something in one of them only. The global extra series `tone`
     is -1, 0 or 1 in the three regimes, plus noise of `tone_noise`; volatility is the same in all. `vol` is the standard
-    deviation of a bar; drifts are per bar, in units of vol, and all in the session, so that an order for the open before has the
-    whole of them. An account, long only and without costs, that knows what is expected of each session earns per bar, in units
+    deviation of a bar; drifts are per bar, in units of vol, and all in the session, so that an order for its open has the whole
+    of them. An account, long only and without costs, that knows what is expected of each session earns per bar, in units
     of vol: 0.15 in trend, 0.16 in revert, 0.13 in event. What earns in one regime earns nothing in the others, or loses: to
     follow prices and to go against them are each other's opposite, and surprises mean nothing there.
 
