@@ -83,9 +83,9 @@ def test_log_probs_are_those_of_the_allowed_actions(script):
 def test_sampling_follows_the_softmax(inside, script, register):
     """A bandit after some training, so that its actions are far from equally likely: frequencies of one rollout."""
     g = inside(
-        *register(Bandit, script.toy), *script.plain, "--num-envs", "8", "--num-steps", "512",
-        "--total-timesteps", str(4 * 4096), "--learning-rate", "0.0015", "--no-anneal-lr", "--gamma", "0", "--update-epochs", "4",
-        "--num-minibatches", "4", "--ent-coef", "0.01", *(["--memory", "none"] if script.actor_input == "features" else []),
+        *register(Bandit, script.toy), *script.plain, "--num-envs", "8", "--num-steps", "512", "--learning-rate", "0.0015",
+        "--total-timesteps", str(4 * 4096), "--no-anneal-lr", "--gamma", "0", "--update-epochs", "4", "--num-minibatches", "4",
+        "--ent-coef", "0.01", *(["--memory", "none"] if script.actor_input == "features" else []),
     )  # fmt: skip
     actions, logprobs = g["actions"].flatten().cpu().numpy(), g["logprobs"].flatten().double().cpu().exp().numpy()
     counts = np.bincount(actions, minlength=3)
