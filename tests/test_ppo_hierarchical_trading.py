@@ -1,5 +1,7 @@
 """algos/ppo_hierarchical_trading.py: decisions that last, a gate that is frozen, floored and remembers, and what it reports."""
 
+import shutil
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -421,8 +423,14 @@ def test_usage_of_a_planted_gate(module):
     assert module.flatten(plain)["usage_event"] == 3 / 8 and module.flatten(plain)["switches"] == report["switches"]
 
 
-def test_a_gate_that_is_told_the_best_is_always_right_and_alone_means_alone(script, base, inside):
-    g = inside("--resume", str(base.folder))
+@pytest.fixture
+def finished(base, inside, tmp_path):
+    """Variables of the script after the short run."""
+    return inside("--resume", str(shutil.copytree(base.folder, tmp_path / "copy")))
+
+
+def test_a_gate_that_is_told_the_best_is_always_right_and_alone_means_alone(finished):
+    g = finished
     best = g["best_intent"]
     _, _, report = g["backtest"]("val", best)
     every = g["args"].decide_every
@@ -446,9 +454,9 @@ def test_run_json_and_events_report_the_gate(script, base):
     assert f"gate: accuracy{reports['test']['accuracy']:34.3f}" in base.done.stdout
 
 
-def test_the_policy_of_a_backtest_remembers_as_in_training(script, base, inside):
+def test_the_policy_of_a_backtest_remembers_as_in_training(finished):
     """Memory, clock and greedy choice of the policy, stepped by hand beside it."""
-    g = inside("--resume", str(base.folder))
+    g = finished
     agent, args, split = g["agent"], g["args"], g["splits"]["test"]
     options = dict(data=g["data"], split=split, episode_length=0, random_start=False, num_threads=1)
     env = TradingVectorEnv(len(g["data"].runs(split)), **options)
