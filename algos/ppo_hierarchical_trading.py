@@ -134,16 +134,17 @@ class Args:
     intents: trend, revert, event, each trained first on stretches of its own regime: the true one on synthetic:modes, elsewhere
     event on the third of the training bars where volatility has risen most (20 bars against 60), trend on the half of the
     others where the market has gone furthest in 60 bars, revert on the rest;
-    flat: one specialist and no gate, which is plain PPO"""
+    flat: one specialist, without gate and stages, which is plain PPO"""
     gate: Literal["options", "mixture"] = "options"
     """options: the gate's choice acts for --decide-every bars, and the gate learns from what it earned by then; mixture: the
     policy is the specialists' mean, weighted by the gate, log sum_k g_k pi_k, at every bar"""
     decide_every: int = 4
     """bars for which the gate's choice acts; it ends with the episode, and in training with the rollout"""
     stages: tuple[float, float, float] = (0.4, 0.4, 0.2)
-    """shares of the training: specialists alone; the gate, over frozen specialists; both"""
-    gate_learning_rate: float = 2e-3
-    """learning rate of the gate; like the other it falls over the whole training, so that the gate learns more slowly"""
+    """shares of the training: specialists alone; the gate, over frozen specialists; both. Critics, and the statistics that
+    observations are normalised by, learn in all of them"""
+    gate_learning_rate: float = 5e-3
+    """learning rate of the gate; like the other one it falls over the whole training, and most of it before the last stage"""
     gate_floor: float = 0.15
     """probability that the gate shares out equally in training, so that no specialist starves; in backtests it has none"""
     gate_balance: float = 0.05
@@ -191,7 +192,8 @@ class Args:
     eval_every: int = 40
     """iterations between two backtests on the validation split"""
     patience: int = 0
-    """stop after so many of them without a better score (0: never); the best model is kept in any case"""
+    """stop after so many of them without a better score (0: never), counted anew in each stage, and not while specialists learn
+    alone; the best model is kept in any case"""
 
 
 # What changes for --env-id: CleanRL's settings for classic control, and smaller rewards: with values of 100 the critic fills
@@ -479,6 +481,7 @@ if __name__ == "__main__":
     if args.gate == "mixture" and args.decide_every > 1:
         sys.exit(f"--decide-every {args.decide_every}: expected 1 with --gate mixture, which has no choice that lasts")
     names = SPECIALISTS[args.specialists]
+    stages = args.stages if len(names) > 1 else (0.0, 0.0, 1.0)
     if args.num_envs < len(names):
         sys.exit(f"--num-envs {args.num_envs}: expected at least {len(names)}, a market for each specialist")
     if not args.log_at or not all(0.0 < share <= 1.0 for share in args.log_at):
@@ -529,7 +532,7 @@ if __name__ == "__main__":
                 reward_weights={name: getattr(args, f"reward_{name}") for name in REWARDS},
             )  # fmt: skip
             best_intent = panel.hidden.get("best_intent") if args.specialists == "intents" else None
-        phase = checkpoint["phase"] if checkpoint else phase_of(1, num_iterations, args.stages)
+        phase = checkpoint["phase"] if checkpoint else phase_of(1, num_iterations, stages)
         train_envs = make_envs(args, splits, env_options, phase)
         if not isinstance(train_envs.single_action_space, gym.spaces.Discrete):
             raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected discrete actions")
@@ -701,7 +704,7 @@ if __name__ == "__main__":
         for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.gate_learning_rate)):
             group["lr"] = rate * (1.0 - (iteration - 1) / num_iterations) if args.anneal_lr else rate
         balance = args.gate_balance * (1.0 - (iteration - 1) / num_iterations)
-        before, phase = phase, phase_of(iteration, num_iterations, args.stages)
+        before, phase = phase, phase_of(iteration, num_iterations, stages)
         alone, frozen = PHASES[phase] == "specialists", PHASES[phase] == "gate"
         if phase != before:  # other bars, from the start of an episode
             train_envs = make_envs(args, splits, env_options, phase)
@@ -709,7 +712,7 @@ if __name__ == "__main__":
             obs[0] = torch.as_tensor(first_obs.reshape(args.num_envs, -1))
             if "action_mask" in infos:
                 masks[0] = torch.as_tensor(infos["action_mask"])
-            episode_return[:], memory = 0.0, agent.blank(args.num_envs)
+            episode_return[:], memory, evals_since_best = 0.0, agent.blank(args.num_envs), 0
 
         # Rollout. The gate decides at its start, every so many bars, and when an episode begins.
         finals, finished_returns, age = [], [], np.zeros(args.num_envs, np.int64)
@@ -889,7 +892,7 @@ if __name__ == "__main__":
             if score > best_score:
                 best_score, evals_since_best = score, 0
                 best_model = {k: v.clone() for k, v in agent.state_dict().items()}
-        stop_early = args.patience > 0 and evals_since_best >= args.patience
+        stop_early = args.patience > 0 and evals_since_best >= args.patience and not alone
         if iteration in log_after or (stop_early and num_iterations in log_after):
             log_dataset(iteration)
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:

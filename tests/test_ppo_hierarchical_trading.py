@@ -505,6 +505,15 @@ def test_closes_from_a_csv_file_flat_and_without_consensus(script, inside, tmp_p
     run = Run(inside(*script.short, *options, "--total-timesteps", "4096")["run_dir"])
     assert list(run.json["scores"]["test"]) == ["agent", "flat", "buy and hold"] and run.json["market"]["forecasts"] == []
     assert run.json["gate"]["test"]["usage"] == {"flat": 1.0}
+    first, last = run.model["optimizer"]["state"][6]["step"], run.model["optimizer"]["state"][0]["step"]
+    assert first == last == 4 * 4  # the actor's weights moved in every update, as the critic's: there are no stages
+
+
+def test_patience_counts_from_the_gates_stage_on(script, inside, capsys):
+    """The specialists' stage is half of 20 iterations, without a better model in any, as no weight moves."""
+    still = ["--learning-rate", "0", "--gate-learning-rate", "0", "--eval-every", "1", "--patience", "2"]
+    g = inside(*script.short, *still, "--stages", "0.5", "0.5", "0")
+    assert "stopped early" in capsys.readouterr().out and g["iteration"] == 12
 
 
 @pytest.mark.parametrize(
