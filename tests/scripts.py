@@ -27,7 +27,6 @@ from envs.costs import Costs, load_costs
 from envs.ledger import LEDGER
 from envs.portfolio import GUARDS
 from envs.portfolio_tables import PortfolioConfig
-from envs.trading_tables import TradingConfig
 
 ITERATIONS = 20  # of 1024 steps each, in the short runs
 COMMON = (
@@ -246,7 +245,7 @@ SCRIPTS = {
             kept=("envs", "obs", "mask", "memory", "phase"),
             policy=lambda g: g["make_policy"]([]),
             logs=False,
-            unexplained=tuple(name for name in TradingConfig.__dataclass_fields__ if name != "symbols"),
+            unexplained=("costs",),
         ),
         PPOScript(
             name="ppo_portfolio",
