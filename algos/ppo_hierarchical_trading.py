@@ -138,7 +138,7 @@ class Args:
     gate: Literal["options", "mixture"] = "options"
     """options: the gate's choice acts for --decide-every bars, and the gate learns from what it earned by then; mixture: the
     policy is the specialists' mean, weighted by the gate, log sum_k g_k pi_k, at every bar"""
-    decide_every: int = 4
+    decide_every: int = 8
     """bars for which the gate's choice acts; it ends with the episode, and in training with the rollout"""
     stages: tuple[float, float, float] = (0.4, 0.4, 0.2)
     """shares of the training: specialists alone; the gate, over frozen specialists; both. Critics, and the statistics that
