@@ -459,6 +459,10 @@ def test_the_policy_of_a_backtest_remembers_as_in_training(finished):
     """Memory, clock and greedy choice of the policy, stepped by hand beside it."""
     g = finished
     agent, args, split = g["agent"], g["args"], g["splits"]["test"]
+    with torch.no_grad():  # a gate that goes by its memory
+        agent.gate[0].weight[:, g["obs_size"] :] *= 100.0
+        agent.gate[-1].bias.zero_()
+    followed = set()
     options = dict(data=g["data"], split=split, episode_length=0, random_start=False, num_threads=1)
     env = TradingVectorEnv(len(g["data"].runs(split)), **options)
     trace = []
@@ -474,10 +478,11 @@ def test_the_policy_of_a_backtest_remembers_as_in_training(finished):
         action = policy(obs, infos["action_mask"], infos["row"])
         np.testing.assert_array_equal(action, expected)
         np.testing.assert_array_equal(trace[-1], [who.numpy(), infos["row"]])
+        followed |= set(who.tolist())
         obs, reward, terminated, truncated, infos = env.step(action)
         policy.after(reward, terminated | truncated)
         memory = agent.remember(memory, who, args.reward_scale * torch.as_tensor(reward))
-    assert memory[:, 0].abs().max() > 0
+    assert memory[:, 0].abs().max() > 0 and len(followed) > 1
     policy.after(reward, np.array([True] + [False] * (env.num_envs - 1)))
     policy(obs, infos["action_mask"], infos["row"])
     assert (trace[-1][:, 0] == -1).all() and (trace[-1][:, 1:] >= 0).all()
