@@ -558,7 +558,7 @@ def test_every_step_is_that_of_an_account_in_shares_and_cash(fill, fields):
     if fill == "next_open" and "open" not in fields:
         return
     seen, halted = set(), 0
-    fewer = {"max_exposure": None, "stop_loss": 0.0, "daily_loss": None, "max_holding": 0}
+    fewer = {"sizes": (0.25, 0.5, 1.0), "max_exposure": None, "stop_loss": 0.0, "daily_loss": None, "max_holding": 0}
     other = {"take_profit": 0.0, "max_drawdown": None, "max_holding": 30, "sizes": (0.2, 0.3, 0.7), "add": 0.2}
     for seed, changes in enumerate(({}, {}, fewer, other)):
         panel = broken(seed, fields)
@@ -603,7 +603,7 @@ def test_every_step_is_that_of_an_account_in_shares_and_cash(fill, fields):
 
 
 @given(
-    cash=st.floats(0.0, 1.0), adds=st.integers(0, 3), stopped=st.booleans(), cooldown=st.integers(0, 2),
+    cash=st.just(1.0) | st.floats(0.0, 1.0), adds=st.integers(0, 3), stopped=st.booleans(), cooldown=st.integers(0, 2),
     row=st.integers(WARMUP, 100), symbol=st.integers(0, 5), add=st.floats(0.05, 0.5), largest=st.floats(0.3, 1.0),
 )  # fmt: skip
 @settings(max_examples=60)

@@ -9,7 +9,7 @@ from envs.ledger import growth
 from envs.panel import PanelError
 from envs.synthetic import make_panel, reversion, stationary_deviation
 from envs.trading import BUY_LARGE, SELL_ALL
-from envs.trading_references import Band, optimal_band, references, run, thresholds
+from envs.trading_references import Band, _part, optimal_band, references, run, thresholds
 from envs.trading_tables import TradingConfig, TradingData
 
 INSTITUTIONAL = load_costs("institutional")
@@ -92,6 +92,23 @@ def test_finer_grids_and_weights_change_little():
     linear = load_costs("zero:commission_bps=3")
     two, five = (optimal_band(5.0, 0.001, linear, "next_open", weights=k).growth for k in (2, 5))
     assert five == pytest.approx(two, rel=1e-3), "without quadratic impact all or nothing is best"
+
+
+def test_a_part_of_a_bar_moves_prices_and_weights():
+    """Means over a normal move of 20%, by a fine sum: of the deviation and the weight at its end, and of the log growth."""
+    x, w, keep, noise = np.linspace(-2, 2, 401), np.linspace(0, 1, 5), 0.9, 0.2
+    operator, earned = _part(x, w, keep, noise)
+    z = np.linspace(-8, 8, 4001)
+    density = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+    for i in (150, 200, 260):
+        gain = np.expm1(keep * x[i] + noise * z - x[i])
+        row = i * 5
+        np.testing.assert_allclose((operator @ np.repeat(x, 5))[row : row + 5], keep * x[i], atol=1e-9)
+        for k in range(5):
+            grown = 1 + w[k] * gain
+            assert (operator @ np.tile(w, 401))[row + k] == pytest.approx(density @ (w[k] * (1 + gain) / grown), abs=1e-6)
+            assert earned[row + k] == pytest.approx(density @ np.log(grown), abs=1e-6)
+    assert operator.sum(axis=1) == pytest.approx(1.0)
 
 
 def test_growth_is_what_the_policy_of_the_band_earns_in_the_environment(market, ledgers):
