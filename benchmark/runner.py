@@ -62,7 +62,7 @@ MARKETS = {
     "leadlag": ("synthetic:leadlag", REAL, "synthetic:hidden"),
     "portfolio": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton", "synthetic:tail"),
     "diffmarket": ("synthetic:garleanu-pedersen", REAL, "synthetic:merton"),
-    "trading": ("synthetic:ou", REAL),
+    "trading": ("synthetic:ou", REAL, "synthetic:modes"),
 }
 # More runs of a script, under names of their own; not with --quick.
 VARIANTS = {

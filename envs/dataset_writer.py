@@ -250,7 +250,9 @@ def log_episodes(
 
     path, meta: as `DatasetWriter` takes them; seed: as `envs.reset` does. Actions are recorded as executed. Markets add pnl,
     cost and turnover, and, if the panel's `timestamps` (T,) datetime64 are given, the time of the bar at which each action
-    was decided. The markets stop together: episodes that are not over then count as timeouts.
+    was decided. The markets stop together: episodes that are not over then count as timeouts. As in `ledger.backtest`, a policy
+    that keeps account of what it earns has an attribute `after`, called after each step with the rewards (n,) and whether each
+    market's episode is over (n,).
 
     Raises DatasetError as `DatasetWriter` does, and for episodes below 1; what `envs` and `act` raise passes. Neither leaves a
     dataset.
@@ -268,6 +270,8 @@ def log_episodes(
             actions, logprob = act(obs, mask, row, begun)
             next_obs, rewards, terminated, truncated, infos = envs.step(actions)
             over = terminated | truncated
+            if hasattr(act, "after"):
+                act.after(rewards, over)
             successor = np.array(next_obs, np.float32).reshape(n, size)
             if over.any():
                 successor[over] = np.stack(infos["final_obs"][over]).reshape(-1, size)

@@ -15,35 +15,15 @@ from scipy.stats import norm
 
 from envs.costs import parse_options
 from envs.files import load_panel
+from envs.histories import INTRADAY, OVERNIGHT, Histories
 from envs.panel import Panel, PanelError
 from envs.resampled import is_resampled, resampled, source_of
+from envs.synthetic_modes import Modes
 
 SPLITS = ("train", "val", "test")
 SLOW, FAST = 0, 1  # values of hidden["regime"] on the lead-lag market
 OPEN, CROWDED = 0, 1  # and on the hidden one
 WARM_UP = 60  # bars before Portfolio-v0's first decision, at which an option is sold
-OVERNIGHT, INTRADAY = np.sqrt(0.1), np.sqrt(0.9)  # shares of a bar's standard deviation
-
-
-@dataclass(frozen=True)
-class Histories:
-    """Keys that every synthetic market takes: how many independent histories of how many bars."""
-
-    assets: int = 10
-    bars: int = 3000
-    train: int = 8
-    val: int = 6
-    test: int = 20
-    fewest_bars: ClassVar[int] = 300
-
-    def __post_init__(self):
-        self.expect(assets=1, bars=self.fewest_bars, train=1, val=1, test=1)
-
-    def expect(self, **least: float):
-        """Raises ValueError naming the first key that is below its least value."""
-        for key, value in least.items():
-            if not getattr(self, key) >= value:
-                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {value}")
 
 
 @dataclass(frozen=True)
@@ -422,7 +402,7 @@ def stationary_deviation(half_life: float, vol: float) -> float:
 
 MARKETS = {
     "leadlag": LeadLag, "hidden": Hidden, "noise": Noise, "garleanu-pedersen": GarleanuPedersen, "merton": Merton,
-    "black-scholes": BlackScholes, "tail": Tail, "ou": OrnsteinUhlenbeck,
+    "black-scholes": BlackScholes, "tail": Tail, "ou": OrnsteinUhlenbeck, "modes": Modes,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -123,6 +123,8 @@ class PPOScript(Script):
     blank: Callable = lambda agent, n: torch.zeros((0, n))  # memory (parts, n, ...) after them, of none at the start
     actor_input: str = "x"  # variable that holds them for a rollout
     most_minibatches: int = 1024  # of the short run
+    plain: tuple[str, ...] = ()  # options that make it the PPO whose arithmetic the tests know, and what of its agent has
+    view: Callable = lambda agent: agent  # norm, actor, value(features), log_probs(features, mask), act_greedily(obs, mask)
     sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")
     losses: tuple[str, ...] = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")
     kept: tuple[str, ...] = ("envs", "obs")
@@ -142,6 +144,20 @@ def transformer_agent(module, saved):
 def grpo_agent(module, saved):
     args = module.Args(**{**saved["args"], "portfolio": PortfolioConfig(**saved["args"]["portfolio"])})
     return module.Agent(args, len(saved["model"]["symbol"]), len(saved["model"]["mean"]))
+
+
+def sole_specialist(agent):
+    """What an agent of a single specialist is to the tests of PPO."""
+
+    def first(x):
+        return torch.zeros(len(x), dtype=torch.int64)
+
+    return SimpleNamespace(
+        norm=agent.norm, actor=agent.specialists[0],
+        value=lambda x: agent.value(x, first(x)),
+        log_probs=lambda x, mask: agent.log_probs(x, mask, first(x)),
+        act_greedily=lambda obs, mask: agent.act_greedily(agent.norm(obs), mask, first(obs)),
+    )  # fmt: skip
 
 
 SCRIPTS = {
@@ -238,6 +254,36 @@ SCRIPTS = {
             numbers=("last_100_returns", "optimum_share", "parameters"),
             unexplained=("costs",),
             logs=False,
+        ),
+        PPOScript(
+            name="ppo_hierarchical_trading",
+            env_id="Trading-v0",
+            market="synthetic:modes:bars=300:train=2:val=1:test=2:assets=2:regime_bars=40",
+            own=("--decide-every", "3", "--learning-rate", "0.01"),
+            given={"trading": {"window": 1, "costs": "institutional"}, "num_envs": 64, "num_steps": 16, "decide_every": 3},
+            score="growth",
+            others=("trend alone", "revert alone", "event alone", "oracle gate", "flat", "buy and hold"),
+            costs="institutional",
+            make_envs=lambda g: g["make_envs"](g["args"], g["splits"], g["env_options"], g["phase"]),
+            make_agent=lambda module, saved: module.Agent(
+                saved["obs"].shape[1],
+                saved["model"]["allowed"] if "model" in saved else torch.ones((1, saved["mask"].shape[1]), dtype=torch.bool),
+                0.1,
+            ),
+            plain=("--specialists", "flat"),
+            view=sole_specialist,
+            twist=("--max-adds", "1"),
+            classic=("CartPole-v1", 9, 200),
+            refused=("Pendulum-v1", "discrete"),
+            toy=gym.spaces.Discrete(3),
+            losses=(
+                "policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "gate_policy_loss",
+                "gate_value_loss", "gate_entropy", "gate_spread",
+            ),
+            kept=("envs", "obs", "mask", "memory", "phase"),
+            policy=lambda g: g["make_policy"]([]),
+            logs=False,
+            unexplained=("costs",),
         ),
         PPOScript(
             name="ppo_portfolio",

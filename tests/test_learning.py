@@ -15,6 +15,7 @@ from envs.synthetic import load_market
 
 LEADLAG, PORTFOLIO, DIFFMARKET, QUANTILE = "ppo_leadlag", "ppo_portfolio", "grpo_diffmarket", "ppo_quantile_portfolio"
 RECURRENT, TRANSFORMER = "ppo_recurrent_leadlag", "ppo_transformer_trading"
+HIERARCHICAL = "ppo_hierarchical_trading"
 TAIL = ("--market", "synthetic:tail", "--total-timesteps", "4000000")
 SMALL_BUDGET = ("--total-timesteps", "65536", "--num-envs", "256", "--num-steps", "16", "--eval-every", "4")
 SECONDS = 3600
@@ -157,6 +158,18 @@ def test_earns_most_of_what_the_optimal_band_does(tmp_path, seed):
 def test_trades_little_where_there_is_nothing(tmp_path, seed):
     agent = train(TRANSFORMER, tmp_path, "--market", "synthetic:noise", "--seed", str(seed))["scores"]["test"]["agent"]
     assert agent["gross_sharpe_low"] <= 0 <= agent["gross_sharpe_high"] and agent["growth"] > -0.02
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_the_gate_knows_its_specialists_on_every_seed(tmp_path, seed):
+    """Right in nine bars of ten, more than the best specialist alone, and none of them given up."""
+    run = train(HIERARCHICAL, tmp_path, "--market", "synthetic:modes", "--seed", str(seed))
+    gate, growths = run["gate"]["test"], {name: score["growth"] for name, score in run["scores"]["test"].items()}
+    alone = [growths[f"{name} alone"] for name in gate["usage"]]
+    assert gate["accuracy"] > 0.9 and growths["agent"] >= max(alone)
+    regime = load_market("synthetic:modes", seed).hidden["best_intent"]
+    for k, used in enumerate(gate["usage"].values()):
+        assert used >= 0.5 * (regime == k).mean()
 
 
 @pytest.mark.parametrize("seed", range(1, 4))

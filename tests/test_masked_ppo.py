@@ -9,7 +9,7 @@ from scripts import SCRIPTS, Bandit
 pytest_plugins = ["scripts"]
 
 
-@pytest.fixture(params=["ppo_leadlag", "ppo_recurrent_leadlag", "ppo_transformer_trading"])
+@pytest.fixture(params=["ppo_leadlag", "ppo_recurrent_leadlag", "ppo_transformer_trading", "ppo_hierarchical_trading"])
 def script(request):
     return SCRIPTS[request.param]
 
@@ -19,7 +19,7 @@ def masked(script, inside):
     """Run one iteration in which no weight moves; returns its variables, and the masks (steps, envs, A) of its actions."""
 
     def call():
-        twist = [*script.twist, "--episode-length", "9", "--num-minibatches", "1", "--learning-rate", "0"]
+        twist = [*script.twist, *script.plain, "--episode-length", "9", "--num-minibatches", "1", "--learning-rate", "0"]
         g = inside(*script.short, *twist, "--total-timesteps", "1024")
         first = script.make_envs(g).reset(seed=g["args"].seed)[1]["action_mask"]  # the script has moved on from its row 0
         masks = torch.cat([torch.as_tensor(first)[None], g["masks"][1:-1]])
@@ -35,7 +35,7 @@ def test_masked_actions_are_never_sampled_and_have_no_entropy(script, masked):
     actions = g["actions"].cpu()
     assert masks.gather(2, actions[..., None]).all()
     with torch.no_grad():
-        logits = g["agent"].actor(g[script.actor_input][:-1]).double().cpu().numpy()
+        logits = script.view(g["agent"]).actor(g[script.actor_input][:-1]).double().cpu().numpy()
     entropy, expected = 0.0, np.zeros(masks.shape[2])
     for row, allowed in zip(logits.reshape(-1, logits.shape[2]), masks.flatten(0, 1).numpy()):
         p = np.exp(row[allowed]) / np.exp(row[allowed]).sum()
@@ -61,7 +61,7 @@ def test_the_first_or_last_allowed_action_at_the_ends_of_the_unit_interval(maske
 def test_log_probs_are_those_of_the_allowed_actions(script):
     torch.manual_seed(0)
     sizes = {"obs": torch.zeros(1, 4), "mask": torch.zeros(1, 6), "args": {"memory": "gru", "hidden": 5}}
-    agent = script.make_agent(script.module, sizes)
+    agent = script.view(script.make_agent(script.module, sizes))
     with torch.no_grad():
         agent.actor[-1].weight.mul_(300)  # far from uniform
     x, mask = torch.randn(500, agent.actor[0].in_features), torch.rand(500, 6) < 0.5
@@ -85,8 +85,8 @@ def test_log_probs_are_those_of_the_allowed_actions(script):
 def test_sampling_follows_the_softmax(inside, script, register):
     """A bandit after some training, so that its actions are far from equally likely: frequencies of one rollout."""
     g = inside(
-        *register(Bandit, script.toy), "--num-envs", "8", "--num-steps", "512", "--total-timesteps", str(4 * 4096),
-        "--learning-rate", "0.0015", "--no-anneal-lr", "--gamma", "0", "--update-epochs", "4", "--num-minibatches", "4",
+        *register(Bandit, script.toy), *script.plain, "--num-envs", "8", "--num-steps", "512", "--learning-rate", "0.0015",
+        "--total-timesteps", str(4 * 4096), "--no-anneal-lr", "--gamma", "0", "--update-epochs", "4", "--num-minibatches", "4",
         "--ent-coef", "0.01", *(["--memory", "none"] if script.name.startswith("ppo_recurrent") else []),
     )  # fmt: skip
     actions, logprobs = g["actions"].flatten().cpu().numpy(), g["logprobs"].flatten().double().cpu().exp().numpy()

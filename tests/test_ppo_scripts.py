@@ -47,8 +47,9 @@ def test_the_model_is_chosen_on_validation_and_the_test_split_read_once(script, 
 
         monkeypatch.setattr(module, "run", spy)
     g = inside(*script.short)
-    guarded = ["test"] if "without guard" in script.others else []  # once with, once without
-    assert read == ["val"] * 4 + ["train", "val", "test", *guarded]
+    # the same agent in other forms: without guard, one specialist alone, told who is best
+    forms = [name for name in script.others if name.endswith(("without guard", " alone", "oracle gate"))]
+    assert read == ["val"] * 4 + ["train", "val", "test", *["test"] * len(forms)]
     *tried, (_, chosen, reported) = backtests[:6]
     val = [frame for _, frame, _ in tried[:4]]
     assert_same_content(reported, dict(g["agent"].state_dict()))
@@ -93,7 +94,8 @@ def test_any_gymnasium_id_and_no_resume_of_it(script, inside, tmp_path, capsys):
     assert run["status"] == "finished" and run["env_steps"] == 4096
     assert run["args"] == json.loads(json.dumps(dataclasses.asdict(g["args"])))
     for name, value in script.module.CLASSIC_CONTROL.items():
-        assert run["args"][name] == {"total_timesteps": 4096}.get(name, value), name
+        expected = list(value) if isinstance(value, tuple) else value
+        assert run["args"][name] == {"total_timesteps": 4096}.get(name, expected), name
     returns = [run[key] for key in ("last_100_returns", "eval_return") if run.get(key) is not None]
     assert returns and all(low < r < high and f"{r:.4g}" in printed for r in returns)
     assert not {"scores", "panel", "market"} & set(run) and not (g["run_dir"] / "ledger.parquet").exists()
@@ -115,18 +117,19 @@ def test_a_budget_too_small_to_finish_an_episode(script, inside):
 def one_iteration(request, script, inside, register):
     """Variables of the script after one iteration in which no weight moves: all values can be computed again."""
     options = ["--learning-rate", "0", "--gamma", "0.9", "--gae-lambda", "0.8", "--reward-scale", "50", "--seed", "7"]
+    options += script.plain
     if request.param == "Toy":
         options += [*register(Toy, script.toy), *script.toy_options, "--num-envs", "5", "--num-steps", "23"]
         return inside(*options, "--num-minibatches", "1", "--total-timesteps", str(5 * 23))
-    options += ["--market", script.market, *script.own, "--num-envs", "20", "--num-steps", "23", "--episode-length", "9"]
-    return inside(*options, "--total-timesteps", str(20 * 23))
+    options = ["--market", script.market, *script.own, *options, "--num-envs", "20", "--num-steps", "23"]
+    return inside(*options, "--episode-length", "9", "--total-timesteps", str(20 * 23))
 
 
 def test_advantages_equal_the_slow_definition(script, one_iteration):
     """A_t = sum of (gamma lambda)^l delta_{t+l} to the end of the episode; V of an episode's own last observation counts
     where it was cut, and nothing after it terminated. The transitions are stepped again through the public API."""
     g = one_iteration
-    args, agent = g["args"], g["agent"]
+    args, agent = g["args"], script.view(g["agent"])
     norm = type(agent.norm)(g["obs_size"])  # that of the first rollout
 
     def value(obs, memory):
@@ -170,19 +173,19 @@ def test_advantages_equal_the_slow_definition(script, one_iteration):
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_the_first_minibatch_has_ratio_one(script, inside, iterations):
     """One epoch of one minibatch: new and old log-probabilities are of the same weights, normaliser and actions."""
-    twist = [*script.twist, "--update-epochs", "1", "--num-minibatches", "1", "--episode-length", "9"]
+    twist = [*script.twist, *script.plain, "--update-epochs", "1", "--num-minibatches", "1", "--episode-length", "9"]
     g = inside(*script.short, *twist, "--total-timesteps", str(iterations * 1024))
     losses = g["losses"]
     assert abs(losses["approx_kl"]) < 1e-6 and losses["clipfrac"] == 0.0 and abs(losses["policy_loss"]) < 1e-5
     np.testing.assert_allclose(g["ratio"].detach().cpu().numpy(), 1.0, atol=1e-5)
     assert float(g["agent"].norm.count) == pytest.approx(iterations * 1024, abs=1e-3)
-    assert g["agent"].actor[-1].bias.abs().max() > 1e-5  # both have moved
+    assert script.view(g["agent"]).actor[-1].bias.abs().max() > 1e-5  # both have moved
 
 
 def test_the_clipped_objective_of_the_last_minibatch(script, inside):
     """Several epochs of several minibatches: the loss, of what the script has in its variables, written out term by term."""
     g = inside(
-        *script.short, "--update-epochs", "4", "--learning-rate", "0.01", "--no-anneal-lr", "--ent-coef", "0.07",
+        *script.short, *script.plain, "--update-epochs", "4", "--learning-rate", "0.01", "--no-anneal-lr", "--ent-coef", "0.07",
         "--vf-coef", "0.3", "--clip-coef", "0.05", "--total-timesteps", "1024", "--num-minibatches", "4",
     )  # fmt: skip
     assert len(g["index"]) == 256 and len(set(g["index"].tolist())) == 256
@@ -197,12 +200,13 @@ def test_the_clipped_objective_of_the_last_minibatch(script, inside):
 
 def test_learns_the_best_arm(script, inside, register):
     """In one state: the sign of the loss, of the entropy bonus, and of the log-density."""
-    options = [*register(Bandit, script.toy), "--num-envs", "8", "--num-steps", "256", "--gamma", "0", "--update-epochs", "4"]
+    options = [*register(Bandit, script.toy), *script.plain, "--num-envs", "8", "--num-steps", "256", "--gamma", "0"]
+    options += ["--update-epochs", "4"]
     options += ["--num-minibatches", "4", "--learning-rate", "0.003", "--no-anneal-lr", "--total-timesteps", str(10 * 2048)]
     greedy = inside(*options, "--ent-coef", "0")
     bored = inside(*options, "--ent-coef", "100")
     assert bored["losses"]["entropy"] > greedy["losses"]["entropy"] + 0.1
-    agent, obs = greedy["agent"], torch.tensor([[0.5, -0.5]])
+    agent, obs = script.view(greedy["agent"]), torch.tensor([[0.5, -0.5]])
     with torch.no_grad():
         out = agent.actor(script.features(agent, agent.norm(obs), script.blank(agent, 1))[0])[0].numpy()
     if greedy["actions"].ndim == 2:
