@@ -554,22 +554,25 @@ if __name__ == "__main__":
         """
         runs = trading.market(splits[split])
         symbol, last = runs.symbol[runs.order], np.full(len(runs.order), -1)
+        going = np.ones(len(last), bool)
         markets = TradingVectorEnv(
             len(last), data=trading, split=splits[split], episode_length=0, random_start=False, num_threads=args.num_threads
         )
         weight = trading.layout["position"].start + POSITION.index("weight")
+        for start, stop in splits[split].ranges:
+            said(data)[start:stop] = 0.0
 
         def symbol_policy(observation, mask, row):
             with torch.no_grad():
                 says = agents(torch.as_tensor(observation).to(device), torch.as_tensor(mask).to(device)).cpu().numpy()
             order = says[:, : len(ORDERS)].argmax(axis=1)
-            new = row > last  # an account that has reached its end begins again
-            last[new] = row[new]
-            at = row[new], symbol[new]
+            going[:] &= row > last  # an account that is over begins again, and is not listened to any more
+            last[:] = row
+            at = row[going], symbol[going]
             own = np.column_stack([observation[:, weight], markets.targets(order), np.ones(len(order))])
-            said(data)[at] = np.hstack([says, own])[new]
+            said(data)[at] = np.hstack([says, own])[going]
             if seen and split == "train":
-                seen["obs"][at], seen["mask"][at] = observation[new], mask[new]
+                seen["obs"][at], seen["mask"][at] = observation[going], mask[going]
             return order
 
         return ledger.backtest(markets, symbol_policy, panel, splits[split])
