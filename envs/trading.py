@@ -476,9 +476,7 @@ class TradingVectorEnv(MarketVectorEnv):
         Raises ValueError for actions outside the action space.
         """
         out = np.zeros(self.num_envs)
-        targets_serial(
-            self._parameters(), self._state, self._memory, self._buffers.mask, self._check_actions(actions), out
-        )
+        targets_serial(self._parameters(), self._state, self._memory, self._buffers.mask, self._check_actions(actions), out)
         return out
 
     def ledger_labels(self) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ A new script becomes part of tests/test_scripts.py by its entry in SCRIPTS. Test
 their own module, and have `base`, `inside` and `complaint` for it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -515,19 +516,27 @@ def base(request, script) -> Run:
     return request.getfixturevalue(script.run)
 
 
-@pytest.fixture
-def inside(script, monkeypatch, tmp_path):
-    """Run the script in this process; returns its variables."""
+@contextlib.contextmanager
+def running(script: Script, runs_dir: Path):
+    """What runs the script in this process with some options, and returns its variables."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
 
     def call(*options, num_threads=1):
-        fixed = ["--num-threads", str(num_threads), "--no-cuda", "--runs-dir", str(tmp_path / "runs")]
-        monkeypatch.setattr(sys, "argv", [str(script.path), *options, *fixed])
-        return runpy.run_path(str(script.path), run_name="__main__")
+        fixed = ["--num-threads", str(num_threads), "--no-cuda", "--runs-dir", str(runs_dir)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(script.path), *options, *fixed])
+            return runpy.run_path(str(script.path), run_name="__main__")
 
     yield call
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def inside(script, tmp_path):
+    """Run the script in this process; returns its variables."""
+    with running(script, tmp_path / "runs") as call:
+        yield call
 
 
 @pytest.fixture
