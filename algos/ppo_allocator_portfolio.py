@@ -388,14 +388,14 @@ def load_agents(folder, device):
     else:
         splits = panel.split(saved["train_fraction"], saved["val_fraction"], saved["embargo"])
     trading = TradingData(panel, TradingConfig(**saved["trading"]))
-    sizes = (saved[name] for name in ("layers", "width", "heads"))
-    agents = SymbolAgent(trading.observation_size, len(ORDERS), trading.layout["window"], trading.config.window, *sizes)
     try:
+        sizes = (saved[name] for name in ("layers", "width", "heads"))
+        agents = SymbolAgent(trading.observation_size, len(ORDERS), trading.layout["window"], trading.config.window, *sizes)
         agents.load_state_dict(torch.load(Path(folder) / "model.pt", weights_only=True)["best_model"])
     except (KeyError, RuntimeError) as error:
         what = str(error).splitlines()[0]
-        raise ValueError(f"{where}: model.pt: {what}; expected the weights of ppo_transformer_trading.py") from error
-    return run, panel, splits, trading, agents.to(device).requires_grad_(False)
+        raise ValueError(f"{where}: {what}; expected arguments and weights of ppo_transformer_trading.py") from error
+    return run, panel, splits, trading, agents.to(device)
 
 
 def said(data):
@@ -410,10 +410,12 @@ def to_scores(data, actions, rows):
     The budget of symbol i is exp(action i) equal shares of the equity, and of that it gets the weight that its agent's order
     asks for: 0 everywhere is equal budgets. If together they come to more than all equity, all are cut in proportion.
     """
-    weights = np.exp(actions) * said(data)[rows, :, SERIES.index("agent_target")] / data.panel.num_symbols
+    weights = np.exp(actions, dtype=np.float64) * said(data)[rows, :, SERIES.index("agent_target")] / data.panel.num_symbols
     total, budget = weights.sum(axis=1, keepdims=True), np.minimum(data.gross[rows], 1.0)[:, None]
-    weights *= np.minimum(1.0, budget / np.maximum(total, 1e-12))
-    return np.concatenate([weights, np.maximum(0.0, budget - weights.sum(axis=1, keepdims=True))], axis=1)
+    weights = (weights * np.minimum(1.0, budget / np.maximum(total, 1e-12))).astype(np.float32)
+    # Rounded up: what is left over would be spread by the projection, a trifle for every symbol, whatever its agent says.
+    cash = np.nextafter((budget - weights.sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32), np.float32(2.0))
+    return np.concatenate([weights, np.maximum(0.0, cash)], axis=1)
 
 
 class Budgets(gym.vector.VectorWrapper):
@@ -436,8 +438,8 @@ def make_envs(args, splits, options):
         return gym.make_vec(
             args.env_id, args.num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
         )
-    envs_ = gym.make_vec(MARKET_ENV, args.num_envs, split=splits["train"], episode_length=args.episode_length, **options)
-    return Budgets(envs_, options["data"])
+    markets = gym.make_vec(MARKET_ENV, args.num_envs, split=splits["train"], episode_length=args.episode_length, **options)
+    return Budgets(markets, options["data"])
 
 
 def save_checkpoint(path, content):
@@ -502,7 +504,7 @@ if __name__ == "__main__":
             terms = {name: agents_run["args"]["trading"][name] for name in ("costs", "fill")}
             args.portfolio = dataclasses.replace(args.portfolio, **terms)
             # What the agents say is shown as series of the panel, and written into the tables once it is known: `run_agents`.
-            unknown = dict.fromkeys(SERIES, np.zeros((panel.num_bars, panel.num_symbols)))
+            unknown = dict.fromkeys(SERIES, np.zeros(panel.close.shape))
             data = PortfolioData(dataclasses.replace(panel, extras=unknown), args.portfolio)
             weights = {"log_growth": float(args.reward == "growth"), "differential_sharpe": float(args.reward == "sharpe")}
             weights |= {name: getattr(args, f"penalty_{name}") for name in ("turnover", "drawdown", "cvar", "variance")}
@@ -592,9 +594,8 @@ if __name__ == "__main__":
 
     seen = {}
     if is_market and args.finetune_fraction > 0.0:  # pages that nothing is written to take no memory
-        shape = (panel.num_bars, panel.num_symbols)
-        seen["obs"] = np.zeros((*shape, trading.observation_size), np.float32)
-        seen["mask"] = np.zeros((*shape, len(ORDERS)), bool)
+        seen["obs"] = np.zeros((*panel.close.shape, trading.observation_size), np.float32)
+        seen["mask"] = np.zeros((*panel.close.shape, len(ORDERS)), bool)
 
     # Start, or go on from the checkpoint
     global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
@@ -692,9 +693,6 @@ if __name__ == "__main__":
         tick, finetuning = time.perf_counter(), is_market and iteration > frozen_iterations
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
-
-        if is_market:
-            agents.requires_grad_(finetuning)
 
         # Rollout
         finals, finished_returns = [], []
