@@ -21,11 +21,12 @@ LOG_LINES, LOG_CHARACTERS = 25, 4000
 LEAVINGS = ("ledger.parquet", "model.pt", "events.out.tfevents.*")
 COLLECTED = "collect.json"  # the runner's record of a dataset, in the folder around it
 BARS = ["market", "timestamp"]
+# Arguments that choose a market but the seed, which runs that command the agents of another run have from that one
+MARKET = ("market", "symbols", "start", "end", "resample", "train_fraction", "val_fraction", "embargo", "folds", "fold")
 # Arguments that make no other configuration: those of the machine, and those that the comparison group holds resolved.
 INCIDENTAL = {
     *("seed", "exp_name", "runs_dir", "resume", "num_threads", "cuda", "torch_deterministic", "checkpoint_every", "only"),
-    *("track", "wandb_project_name", "wandb_entity", "market", "symbols", "start", "end", "resample", "train_fraction"),
-    *("val_fraction", "embargo", "folds", "fold", "costs", "fill", "eval_episodes", "dataset", "shard"),
+    *("track", "wandb_project_name", "wandb_entity", *MARKET, "costs", "fill", "eval_episodes", "dataset", "agents", "shard"),
     *("log_dataset", "log_at", "log_episodes", "log_noise", "log_epsilon"),
 }
 
@@ -122,6 +123,8 @@ def read(path: Path) -> Run:
     run.content, missing = content, _missing(content)
     if not missing and "panel" in content and run.offline:
         content["args"] = _market_flags(Path(run.offline["dataset"])) | content["args"]
+    if not missing and "agents" in content:
+        content["args"] = {name: content["agents"]["args"][name] for name in MARKET} | content["args"]
     status = run.content.get("status")
     if status != "finished":
         run.reason = str(run.content.get("failure") or ("never finished" if status == "running" else f"status {status!r}"))

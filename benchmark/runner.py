@@ -7,7 +7,8 @@ rules on drawn markets: a dozen scripts take less than half an hour on two cores
 so few steps say little.
 
 Scripts that learn from a dataset (OFFLINE) get one collected for them first, on the same terms, by collect.py: once for all
-that need it, into `<runs_dir>/datasets/<what was collected>/data`.
+that need it, into `<runs_dir>/datasets/<what was collected>/data`. Those that need the run of another script (MASTERS) are left
+out: nothing here makes it for them. Start both by hand, and give the scoreboard their run directories.
 
 Each run is a process with a folder of its own, `<runs_dir>/<job>/`, named after what it runs: started again, the runner skips
 what has finished under the same code, resumes what has left a checkpoint, and repeats the rest. What fails after its retries
@@ -55,6 +56,8 @@ COLLECTOR = "collect"
 # Beginnings of the names of scripts that learn from a dataset alone: it is collected before they start, and brings the market,
 # its costs, fill and splits along, so that none of those flags is theirs.
 OFFLINE = ("bc_", "cql_", "iql_")
+# And of those that need the run of another script, whose agents they command.
+MASTERS = ("ppo_allocator_",)
 DATASETS, DATASET = "datasets", "dataset.hdf5"
 # Markets of a script, by the last part of its name; any other script runs on the real one alone. --quick: the first two.
 REAL = "sp500"
@@ -236,7 +239,7 @@ class BenchmarkJob(Job):
 
 
 def available_scripts() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "algos").glob("[!_]*.py"))
+    return sorted(path.stem for path in (ROOT / "algos").glob("[!_]*.py") if not path.stem.startswith(MASTERS))
 
 
 def data_folder(collection: BenchmarkJob, runs_dir: Path) -> Path:

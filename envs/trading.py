@@ -203,20 +203,11 @@ def reset_one(i, m, p, state, memory, mask, obs):
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
-def order_one(i, m, p, s, memory, actions, b):
-    """Market i's order for the ordinary fill: b.choice[i], the agent's after the mask; returns (target, drifted, event).
+def target_one(p, s, order, w, drifted):
+    """Weight that an allowed order brings a position to, and what overrides it: (target, event).
 
-    Target weight, and the weight that is drifted to the fill: where they are equal, nothing is traded. The event is what has
-    overridden the agent.
+    w: weight held at the close. drifted: the same at the prices of the fill.
     """
-    t, j, w = s.t, s.symbol, memory[i, 0]
-    order = actions[i]
-    b.components[i, 8] = not b.mask[i, order]
-    if not b.mask[i, order]:
-        order = HOLD
-    b.choice[i] = order
-    to_fill = m.to_fill[t, j]
-    drifted = w * (1.0 + to_fill) / (1.0 + w * to_fill)
     target = drifted
     if order == BUY_SMALL:
         target = p.small
@@ -231,14 +222,33 @@ def order_one(i, m, p, s, memory, actions, b):
     elif order == ADD:
         target = max(drifted, min(drifted + p.add, p.max_position))
     if w > 0.0 and s.cooldown > 0:
-        return 0.0, drifted, BREAKER
+        return 0.0, BREAKER
     if w > 0.0 and s.stopped:
-        return 0.0, drifted, DAILY_LOSS
+        return 0.0, DAILY_LOSS
     if w > 0.0 and s.held >= p.max_holding:
-        return 0.0, drifted, MAX_HOLD
+        return 0.0, MAX_HOLD
     if w > p.max_exposure + SLACK and target > p.max_exposure:
-        return p.max_exposure, drifted, EXPOSURE
-    return target, drifted, NO_EVENT
+        return p.max_exposure, EXPOSURE
+    return target, NO_EVENT
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def order_one(i, m, p, s, memory, actions, b):
+    """Market i's order for the ordinary fill: b.choice[i], the agent's after the mask; returns (target, drifted, event).
+
+    Target weight, and the weight that is drifted to the fill: where they are equal, nothing is traded. The event is what has
+    overridden the agent.
+    """
+    t, j, w = s.t, s.symbol, memory[i, 0]
+    order = actions[i]
+    b.components[i, 8] = not b.mask[i, order]
+    if not b.mask[i, order]:
+        order = HOLD
+    b.choice[i] = order
+    to_fill = m.to_fill[t, j]
+    drifted = w * (1.0 + to_fill) / (1.0 + w * to_fill)
+    target, event = target_one(p, s, order, w, drifted)
+    return target, drifted, event
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
@@ -370,6 +380,13 @@ def step_parallel(m, p, state, memory, actions, b):
         report_one(i, m, p, state, memory, b)
 
 
+@njit(cache=True, error_model="numpy")
+def targets_serial(p, state, memory, mask, actions, out):
+    for i in range(len(state)):
+        w = memory[i, 0]
+        out[i] = target_one(p, state[i], actions[i] if mask[i, actions[i]] else HOLD, w, w)[0]
+
+
 @cuda.jit
 def reset_cuda(m, p, state, memory, b):
     i = cuda.grid(1)
@@ -451,6 +468,16 @@ class TradingVectorEnv(MarketVectorEnv):
     @property
     def num_runs(self) -> int:
         return len(self._market.order)
+
+    def targets(self, actions) -> np.ndarray:
+        """(n,) weights that `step(actions)` would aim at if prices stayed at the last close; nothing is stepped.
+
+        After the mask and the limits that override an agent; what the bar of the fill brings, such as a stop, is not known yet.
+        Raises ValueError for actions outside the action space.
+        """
+        out = np.zeros(self.num_envs)
+        targets_serial(self._parameters(), self._state, self._memory, self._buffers.mask, self._check_actions(actions), out)
+        return out
 
     def ledger_labels(self) -> dict[str, np.ndarray]:
         """Symbol and range of the split that every market trades in a backtest."""

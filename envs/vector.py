@@ -213,6 +213,11 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         return len(self.split.ranges)
 
     @property
+    def rows(self) -> np.ndarray:
+        """(n,) row of the panel at which every market is to decide next."""
+        return self._state.t.copy()
+
+    @property
     def stops(self) -> np.ndarray:
         """(n,) end of every market's present episode: its last bar is row stops - 1."""
         return self._state.stop.copy()

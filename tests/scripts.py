@@ -4,6 +4,7 @@ A new script becomes part of tests/test_scripts.py by its entry in SCRIPTS. Test
 their own module, and have `base`, `inside` and `complaint` for it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -12,6 +13,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,9 +26,10 @@ import torch
 from conftest import ROOT, assert_same_bits, run_python
 
 from envs.costs import Costs, load_costs
+from envs.features import ASSET_FEATURES
 from envs.ledger import LEDGER
 from envs.portfolio import GUARDS
-from envs.portfolio_tables import PortfolioConfig
+from envs.portfolio_tables import PORTFOLIO, PortfolioConfig
 
 ITERATIONS = 20  # of 1024 steps each, in the short runs
 COMMON = (
@@ -61,7 +64,10 @@ class Script:
     numbers: tuple[str, ...] = ()  # in run.json besides what all have
     columns: tuple[str, ...] = LEDGER
     unexplained: tuple[str, ...] = ()  # flags that --help only lists
+    suppressed: tuple[str, ...] = ()  # arguments without a flag
     logs: bool = True  # offline data of its market
+    idles: bool = True  # with all weights zero
+    agents: str = ""  # script whose run it takes for its market; none: --market says it
     policy: Callable = lambda g: g["agent_policy"]  # the variables of a run -> its policy for backtests of the test split
     run: str = "online_run"  # fixture of its short run
 
@@ -73,9 +79,13 @@ class Script:
     def budget(self) -> list[str]:
         return [*self.sizes, *COMMON]
 
+    def on(self, market: str) -> list[str]:
+        """Options that choose a market."""
+        return ["--agents", str(agents_run(self.agents, market))] if self.agents else ["--market", market]
+
     @property
     def short(self) -> list[str]:
-        return ["--market", self.market, *self.own, *self.budget]
+        return [*self.on(self.market), *self.own, *self.budget]
 
     @functools.cached_property
     def module(self) -> ModuleType:
@@ -139,6 +149,15 @@ def transformer_agent(module, saved):
     args, (width, features) = saved["args"], saved["model"]["embed.weight"].shape
     bars = len(saved["model"]["positions"])
     return module.Agent(size, actions, slice(0, bars * features), bars, args["layers"], width, args["heads"])
+
+
+def allocator_agent(module, saved):
+    """From a checkpoint of a market of 3 symbols."""
+    size, symbols, given = saved["obs"].shape[1], 3, len(PORTFOLIO)
+    each = len(ASSET_FEATURES) + len(module.SERIES)
+    own = [slice(0, symbols * each), slice(size - given - 2 * symbols, size - given - symbols)]
+    own.append(slice(size - given - symbols, size - given))
+    return module.Agent(size, symbols, 1, own, each - 1, each - 2, saved["args"]["hidden"], 0.0)
 
 
 def grpo_agent(module, saved):
@@ -286,6 +305,33 @@ SCRIPTS = {
             unexplained=("costs",),
         ),
         PPOScript(
+            name="ppo_allocator_portfolio",
+            env_id="Portfolio-v0",
+            market="synthetic:ou:bars=400:train=2:val=1:test=2:assets=3",
+            agents="ppo_transformer_trading",
+            own=("--hidden", "8", "--guard-turnover", "0.3", "--finetune-fraction", "0.2", "--finetune-rate", "0.001"),
+            given={
+                "portfolio": {"costs": "institutional", "fill": "auto", "scale": 1.0, "constraints": "long_only"},
+                "guard": {"guard_turnover": 0.3}, "num_envs": 64, "num_steps": 16, "hidden": 8,
+            },
+            score="utility",
+            others=("equal budgets, rebalanced", "equal budgets", "equal weight", "without guard"),
+            costs="institutional",
+            make_envs=lambda g: g["make_envs"](g["args"], g["splits"], g["env_options"]),
+            make_agent=allocator_agent,
+            features=lambda agent, x, memory: (agent.encode(x), memory),
+            twist=("--log-std", "1"),
+            classic=("Pendulum-v1", -2000, -700),
+            refused=("CartPole-v1", "continuous"),
+            toy=gym.spaces.Box(-1, 1, (2,), np.float32),
+            toy_options=("--log-std", "0.5"),
+            kept=("envs", "obs", "agents", "best_agents", "tuner"),
+            columns=(*LEDGER[:-1], *GUARDS, "action"),
+            suppressed=("costs", "fill", "constraints", "orders", "scale", "cash", "leverage", "net"),
+            logs=False,
+            idles=False,
+        ),
+        PPOScript(
             name="ppo_portfolio",
             env_id="Portfolio-v0",
             market="synthetic:garleanu-pedersen:bars=300:train=2:val=1:test=2",
@@ -363,6 +409,18 @@ def finish(script: Script, *options, runs_dir: Path) -> Run:
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = runs_dir.iterdir()
     return Run(folder, done)
+
+
+@functools.cache
+def agents_run(name: str, market: str) -> Path:
+    """Run directory of a script's short run on a market, made when first asked for and kept as long as this process."""
+    folder = tempfile.TemporaryDirectory()
+    KEPT.append(folder)
+    script = SCRIPTS[name]
+    return finish(script, *script.on(market), *script.own, *script.budget, runs_dir=Path(folder.name)).folder
+
+
+KEPT = []  # folders that are deleted at the end
 
 
 def features_of(script: PPOScript, agent, x: torch.Tensor, starts: np.ndarray) -> torch.Tensor:
@@ -504,19 +562,27 @@ def base(request, script) -> Run:
     return request.getfixturevalue(script.run)
 
 
-@pytest.fixture
-def inside(script, monkeypatch, tmp_path):
-    """Run the script in this process; returns its variables."""
+@contextlib.contextmanager
+def running(script: Script, runs_dir: Path):
+    """What runs the script in this process with some options, and returns its variables."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
 
     def call(*options, num_threads=1):
-        fixed = ["--num-threads", str(num_threads), "--no-cuda", "--runs-dir", str(tmp_path / "runs")]
-        monkeypatch.setattr(sys, "argv", [str(script.path), *options, *fixed])
-        return runpy.run_path(str(script.path), run_name="__main__")
+        fixed = ["--num-threads", str(num_threads), "--no-cuda", "--runs-dir", str(runs_dir)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(script.path), *options, *fixed])
+            return runpy.run_path(str(script.path), run_name="__main__")
 
     yield call
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def inside(script, tmp_path):
+    """Run the script in this process; returns its variables."""
+    with running(script, tmp_path / "runs") as call:
+        yield call
 
 
 @pytest.fixture

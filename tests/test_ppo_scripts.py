@@ -121,7 +121,7 @@ def one_iteration(request, script, inside, register):
     if request.param == "Toy":
         options += [*register(Toy, script.toy), *script.toy_options, "--num-envs", "5", "--num-steps", "23"]
         return inside(*options, "--num-minibatches", "1", "--total-timesteps", str(5 * 23))
-    options = ["--market", script.market, *script.own, *options, "--num-envs", "20", "--num-steps", "23"]
+    options = [*script.on(script.market), *script.own, *options, "--num-envs", "20", "--num-steps", "23"]
     return inside(*options, "--episode-length", "9", "--total-timesteps", str(20 * 23))
 
 

@@ -452,6 +452,7 @@ def test_dry_run_prints_commands_that_the_scripts_understand(modules, capsys, tm
         assert Path(found.runs_dir).parent == folder and f"--market {found.market}" in " ".join(flags)
         assert found.folds == (2 if found.market == "sp500" and args.folds else 0)
     assert {"baselines", "ppo_leadlag", "ppo_portfolio"} <= seen
+    assert not any(name.startswith(modules.runner.MASTERS) for name in seen)  # nothing makes the run that they need
 
 
 def parsed(script, flags):

@@ -38,6 +38,9 @@ def script(request):
     return SCRIPTS[request.param]
 
 
+of_markets = pytest.mark.parametrize("script", [name for name in SCRIPTS if not SCRIPTS[name].agents], indirect=True)
+
+
 def nested_fields(script) -> dict:
     """All arguments of a script, by group."""
     return dataclasses.asdict(script.module.Args())
@@ -50,7 +53,8 @@ def test_run_json_says_everything(script, base):
     run, args, expected = base.json, base.json["args"], nested_fields(script)
     assert (run["status"], run["failure"], run["env_id"], run["trials"]) == ("finished", None, script.env_id, 1)
     assert set(args) == set(expected)
-    given = {"seed": 1, "market": script.market, "total_timesteps": 20480, "eval_every": 5} | script.given
+    source, value = script.on(script.market)
+    given = {"seed": 1, source.strip("-"): value, "total_timesteps": 20480, "eval_every": 5} | script.given
     for key, value in given.items():
         if isinstance(value, dict):  # a group of arguments
             assert set(args[key]) == set(expected[key])
@@ -152,7 +156,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(script, base, in
     """In this process, after whatever ran here before, as in a fresh one."""
     assert_same_run(Run(inside(*script.short)["run_dir"]), base)
     other = Run(inside(*script.short, "--seed", "2")["run_dir"])
-    assert other.json["panel"]["sha256"] != base.json["panel"]["sha256"]
+    assert script.agents or other.json["panel"]["sha256"] != base.json["panel"]["sha256"]
     for name, weight in script.make_agent(script.module, base.model).named_parameters():
         if weight.ndim > 1:
             assert not torch.equal(other.model["model"][name], base.model["model"][name]), name
@@ -215,7 +219,7 @@ def test_a_better_model_from_before_the_kill_is_kept(script, base, inside, tmp_p
     assert found.model["iteration"] == ITERATIONS and found.model["best_score"] == 1e9
     assert_same_content(found.model["best_model"], best)
     assert found.json[f"val_{script.score}"] == 1e9
-    assert not actions_of(found.ledger).any()  # zero weights: the first action that is allowed, or no trade
+    assert not script.idles or not actions_of(found.ledger).any()  # zero weights: the first action that is allowed, or no trade
 
 
 # --- the test split
@@ -223,9 +227,9 @@ def test_a_better_model_from_before_the_kill_is_kept(script, base, inside, tmp_p
 
 def test_other_test_markets_change_nothing_in_training(script, base, inside):
     """A third test history, drawn from a seed of its own: not a bit of the model knows of it."""
-    other = Run(inside(*script.short, "--market", script.market.replace("test=2", "test=3"))["run_dir"])
+    other = Run(inside(*script.short, *script.on(script.market.replace("test=2", "test=3")))["run_dir"])
     found, expected = other.model, base.model
-    for key in ("model", "best_model", "best_score", "optimizer", "rng"):
+    for key in ("model", "best_model", "best_score", "optimizer", "rng", *script.kept):
         assert_same_content(found[key], expected[key], key)
     assert set(other.ledger["market"]) == {0, 1, 2}
     assert other.json["scores"]["test"]["agent"]["growth"] != base.json["scores"]["test"]["agent"]["growth"]
@@ -234,6 +238,7 @@ def test_other_test_markets_change_nothing_in_training(script, base, inside):
 # --- what goes wrong
 
 
+@of_markets
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -279,4 +284,4 @@ def test_help_lists_and_explains_every_flag(script, unexplained):
     names = {name for group in arguments.values() if isinstance(group, dict) for name in group}
     names |= {name for name, value in arguments.items() if not isinstance(value, dict)}
     assert len(names) > 50
-    assert unexplained(names) == set(script.unexplained)
+    assert unexplained(names - set(script.suppressed)) == set(script.unexplained)

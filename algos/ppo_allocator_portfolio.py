@@ -1,0 +1,947 @@
+"""Continuous PPO (arXiv:1707.06347) on a set of symbols (Deep Sets, arXiv:1703.06114): how much each one's agent may risk."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Threads that wait spin only briefly: with libgomp's default one busy neighbour makes training ten times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic matrix products are refused on CUDA
+import gymnasium as gym
+import numba
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs  # noqa: F401  (registers Portfolio-v0)
+from envs import dataset, dataset_writer, ledger, portfolio_references
+from envs.costs import RUIN
+from envs.portfolio import RegimeGuard
+from envs.portfolio_tables import LONG_ONLY, PortfolioConfig, PortfolioData
+from envs.synthetic import load_market
+from envs.task import provenance
+from envs.trading import ORDERS, TradingVectorEnv
+from envs.trading_tables import POSITION, TradingConfig, TradingData
+
+MARKET_ENV = "Portfolio-v0"
+AGENTS_ENV = "Trading-v0"
+# What a symbol's agent says at a bar, the last columns of its features: the probability of each order, and its value; then
+# the weight that its account holds, the one that its order asks for, and whether there is an agent here: 0 or 1.
+SAID = (*(f"agent_{order}" for order in ORDERS), "agent_value")
+SERIES = (*SAID, "agent_weight", "agent_target", "agent_acts")
+SMALLEST = -5.0  # logarithm of the smallest budget, in equal shares
+
+
+@dataclass(frozen=True)
+class Portfolio(PortfolioConfig):
+    # The agents' run says the first two; the others are what budgets mean.
+    costs: tyro.conf.Suppress[str] = "institutional"
+    fill: tyro.conf.Suppress[str] = "auto"
+    constraints: tyro.conf.Suppress[str] = LONG_ONLY
+    orders: tyro.conf.Suppress[str] = "target"
+    scale: tyro.conf.Suppress[float] = 1.0
+    cash: tyro.conf.Suppress[bool] = True
+    leverage: tyro.conf.Suppress[bool] = False
+    net: tyro.conf.Suppress[float | None] = None
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the run; the script's by default"""
+    seed: int = 1
+    """seed of the network and the episodes; the panel is that of the agents' run"""
+    torch_deterministic: bool = True
+    """use deterministic algorithms, so that the same seed on the same machine gives the same bits"""
+    cuda: bool = True
+    """run the networks on a GPU where there is one"""
+    num_threads: int = 0
+    """CPU threads of torch and of the market kernels (0: all cores this process may use)"""
+    track: bool = False
+    """log to Weights and Biases too"""
+    wandb_project_name: str = "cleanmarkets"
+    """project of Weights and Biases"""
+    wandb_entity: str | None = None
+    """entity (team) of Weights and Biases"""
+    runs_dir: str = "runs"
+    """folder that the run directory is made in"""
+    resume: str | None = None
+    """run directory to go on with, under the arguments saved there"""
+    checkpoint_every: int = 20
+    """iterations between two checkpoints (model.pt)"""
+    log_dataset: str | None = None
+    """with --env-id: folder to log episodes to as offline data, a dataset for each entry of --log-at"""
+    log_at: tuple[float, ...] = (1.0,)
+    """shares of the training after which the policy of that moment is logged, as it explores; 1 also if --patience ends it"""
+    log_episodes: int = 100
+    """episodes of each dataset"""
+
+    env_id: str = MARKET_ENV
+    """Portfolio-v0, or any Gymnasium id with vector observations and continuous actions, to check the algorithm itself"""
+    agents: str | None = None
+    """finished run directory of ppo_transformer_trading.py: one agent for all symbols. It says the market, its dates, splits,
+    costs and fill too. Its agents learned on this same training split, where they look better than they are"""
+    portfolio: Portfolio = field(default_factory=Portfolio)
+    """constraints"""
+    guard: RegimeGuard = field(default_factory=RegimeGuard)
+    """rules that change orders; with any of them on, the report compares the agent with and without them"""
+    episode_length: int = 256
+    """bars in a training episode, which starts at a random bar"""
+    reward: str = "growth"
+    """growth (net log growth) or sharpe (differential Sharpe ratio)"""
+    penalty_turnover: float = 0.0
+    """penalty on the turnover"""
+    penalty_drawdown: float = 0.0
+    """penalty on the drawdown"""
+    penalty_cvar: float = 0.0
+    """penalty on the conditional value at risk of the worst --cvar-alpha of bars"""
+    penalty_variance: float = 0.0
+    """penalty on the squared net return; with log growth the relative risk aversion is 1 + 2 * this"""
+    cvar_alpha: float = 0.05
+    """share of bars that count as the tail"""
+
+    hidden: int = 32
+    """units of each hidden layer"""
+    finetune_fraction: float = 0.0
+    """share of the training, its last, in which the agents learn too; their accounts are then run anew in every iteration"""
+    finetune_rate: float = 1e-5
+    """learning rate of the agents there"""
+    total_timesteps: int = 2_000_000
+    """steps of all markets together"""
+    num_envs: int = 1024
+    """markets that run at once"""
+    num_steps: int = 32
+    """bars per market and rollout"""
+    learning_rate: float = 1e-3
+    """learning rate of Adam"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to 0"""
+    gamma: float = 0.9
+    """discount factor"""
+    gae_lambda: float = 0.9
+    """lambda of generalised advantage estimation"""
+    num_minibatches: int = 4
+    """minibatches per epoch"""
+    update_epochs: int = 1
+    """passes over each rollout; where noise outweighs the signal, new bars teach more than old ones"""
+    norm_adv: bool = True
+    """standardise advantages per minibatch"""
+    clip_coef: float = 0.2
+    """clipping of the probability ratio"""
+    clip_vloss: bool = False
+    """clip the value loss too"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    log_std: float = -1.0
+    """logarithm of the policy's standard deviation at the start, in logarithms of budgets"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """end an update once a minibatch's approximate KL exceeds this"""
+    reward_scale: float = 100.0
+    """factor on the rewards that the critic sees"""
+    eval_every: int = 20
+    """iterations between two backtests on the validation split"""
+    eval_episodes: int = 100
+    """with --env-id: episodes of the final evaluation"""
+    patience: int = 0
+    """stop after so many of them without a better score (0: never); the best model is kept in any case"""
+
+
+# What changes for --env-id: the settings of rl-zoo for Pendulum-v1.
+CLASSIC_CONTROL = dict(
+    total_timesteps=100_000, num_envs=4, num_steps=1024, learning_rate=1e-3, gamma=0.9, gae_lambda=0.95, num_minibatches=64,
+    update_epochs=10, reward_scale=0.1, log_std=0.0, num_threads=1, anneal_lr=False,
+)  # fmt: skip
+
+
+class RunningNorm(nn.Module):
+    """Standardises observations by the mean and variance of all seen so far; part of the model, saved with it.
+
+    kind (size,): entries of the same kind share their mean and variance, those of kind -1 stay as they are.
+    """
+
+    def __init__(self, size, kind=None):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
+        self.register_buffer("kind", (torch.arange(size) if kind is None else kind) + 1, persistent=False)
+        self.register_buffer("members", self.kind.bincount(), persistent=False)
+
+    def update(self, x):
+        delta, var = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
+        for part in x.split(1024):  # parts that stay in the cache
+            centred = part - self.mean.float()
+            delta += centred.sum(dim=0, dtype=torch.float64) / len(x)
+            var += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
+        var.sub_(delta**2).clamp_(min=0.0)
+        total = self.count + len(x)
+        self.var.copy_((self.var * self.count + var * len(x) + delta**2 * self.count * len(x) / total) / total)
+        self.mean.add_(delta * len(x) / total)
+        self.count.copy_(total)
+
+    def shared(self, x):
+        """(size,) mean of x (size,) over the entries of the same kind."""
+        return (x.new_zeros(len(self.members)).index_add_(0, self.kind, x) / self.members)[self.kind]
+
+    def forward(self, x):
+        mean = self.shared(self.mean)
+        scale = (self.shared(self.var + (self.mean - mean) ** 2) + 1e-8).rsqrt()
+        mean, scale = mean.where(self.kind > 0, 0.0), scale.where(self.kind > 0, 1.0)
+        return torch.addcmul((-mean * scale).float(), x, scale.float()).clamp_(-10.0, 10.0)
+
+
+def layer_init(layer, std=np.sqrt(2)):
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class FastTanh(torch.autograd.Function):
+    """tanh(x) = 2 sigmoid(2x) - 1: on a CPU torch's sigmoid takes a tenth of the time of its tanh."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = (2.0 * x).sigmoid_().mul_(2.0).sub_(1.0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.aten.tanh_backward(grad, ctx.saved_tensors[0])
+
+
+class Tanh(nn.Module):
+    def forward(self, x):
+        return FastTanh.apply(x)
+
+
+class Layer(nn.Module):
+    """Attention, then a network four times as wide, each added to its input. Like nn.TransformerEncoderLayer(norm_first=True)
+    without dropout, but able to compute only the last bars, which saves five sixths of the time of a single layer."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.feedforward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+        self.feedforward = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, last):
+        """(n, last, width): what becomes of the last bars of x (n, W, width), which attend to all W."""
+        n, _, width = x.shape
+        seen, x = self.attention_norm(x), x[:, -last:]
+        query = self.query(seen[:, -last:]).view(n, last, self.heads, -1).transpose(1, 2)
+        key, value = self.key_value(seen).view(n, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)  # (n, heads, last, width / heads)
+        x = x + self.output(attended.transpose(1, 2).reshape(n, last, width))
+        return x + self.feedforward(self.feedforward_norm(x))
+
+
+class SymbolAgent(nn.Module):
+    """The network of ppo_transformer_trading.py, which trades every symbol alone; its weights are those of a run.
+
+    window: slice of the observation that holds `bars` rows of features, the oldest first.
+    """
+
+    def __init__(self, obs_size, num_actions, window, bars, layers, width, heads):
+        super().__init__()
+        self.norm = RunningNorm(obs_size)
+        self.window, self.bars = window, bars
+        length = window.stop - window.start
+        self.embed = nn.Linear(length // bars, width)
+        self.positions = nn.Parameter(torch.zeros(bars, width))
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
+        self.encoded_norm = nn.LayerNorm(width)
+        size = width + obs_size - length
+        self.critic = nn.Sequential(nn.Linear(size, 64), Tanh(), nn.Linear(64, 64), Tanh(), nn.Linear(64, 1))
+        self.actor = nn.Sequential(nn.Linear(size, 64), Tanh(), nn.Linear(64, 64), Tanh(), nn.Linear(64, num_actions))
+
+    def encode(self, x):
+        """Features (n, width + rest) of normalised observations (n, D): the last bar encoded, and what is around the window."""
+        bars = self.embed(x[:, self.window].reshape(len(x), self.bars, -1)) + self.positions
+        for k, layer in enumerate(self.layers, start=1):
+            bars = layer(bars, last=1 if k == len(self.layers) else self.bars)
+        return torch.cat([self.encoded_norm(bars[:, -1]), x[:, : self.window.start], x[:, self.window.stop :]], dim=1)
+
+    def forward(self, obs, mask):
+        """(n, len(SAID)) what it says of observations (n, D): the probability of each order, 0 if masked, and its value."""
+        features = self.encode(self.norm(obs))
+        probability = torch.where(mask, self.actor(features), -1e8).softmax(dim=1)
+        return torch.cat([probability, self.critic(features)], dim=1)
+
+
+class Agent(nn.Module):
+    """Actor and critic over a set of symbols: one network looks at each, and what is common to all is their mean, so that
+    another order of symbols is another order of actions, and the same value.
+
+    own: slices of the observation that hold the same number of entries for each of num_symbols symbols, one after the other.
+    acts, target: which of a symbol's entries say whether it has an agent, and what that asks for; None: always, and something.
+    """
+
+    def __init__(self, obs_size, num_symbols, outputs, own, acts, target, hidden, log_std):
+        super().__init__()
+        self.num_symbols, self.own, self.acts, self.target = num_symbols, own, acts, target
+        kind, at = torch.full((obs_size,), -1), 0
+        for block in own:
+            each = (block.stop - block.start) // num_symbols
+            kind[block] = torch.arange(at, at + each).repeat(num_symbols)
+            at += each
+        rest = kind < 0
+        self.register_buffer("rest", rest.nonzero().squeeze(1), persistent=False)
+        kind[rest] = torch.arange(at, at + len(self.rest))
+        if acts is not None:
+            kind[(kind == acts) | (kind == target)] = -1
+        self.norm = RunningNorm(obs_size, kind)
+        self.symbol = nn.Sequential(
+            layer_init(nn.Linear(at, hidden)), Tanh(), layer_init(nn.Linear(hidden, hidden)), Tanh()
+        )  # fmt: skip
+        common = hidden + len(self.rest)
+        self.critic = nn.Sequential(
+            layer_init(nn.Linear(common, hidden)), Tanh(), layer_init(nn.Linear(hidden, hidden)), Tanh(),
+            layer_init(nn.Linear(hidden, 1), std=1.0),
+        )  # fmt: skip
+        self.actor = nn.Sequential(
+            layer_init(nn.Linear(hidden + common, hidden)), Tanh(), layer_init(nn.Linear(hidden, outputs), std=0.01)
+        )  # fmt: skip
+        self.log_std = nn.Parameter(torch.full((outputs,), log_std))
+
+    def symbols(self, x):
+        """(n, num_symbols, E) the entries of every symbol in observations x (n, D)."""
+        return torch.cat([x[:, block].reshape(len(x), self.num_symbols, -1) for block in self.own], dim=2)
+
+    def encode(self, x):
+        """(n, num_symbols, hidden + common) features of normalised observations (n, D): the symbol's, then what is common."""
+        own = self.symbols(x)
+        seen = self.symbol(own)
+        if self.acts is None:
+            mean = seen.mean(dim=1)
+        else:
+            here = own[:, :, self.acts, None]
+            mean = (seen * here).sum(dim=1) / here.sum(dim=1).clamp(min=1.0)
+        common = torch.cat([mean, x[:, self.rest]], dim=1)
+        return torch.cat([seen, common[:, None].expand(-1, self.num_symbols, -1)], dim=2)
+
+    def mean(self, features):
+        return self.actor(features).flatten(1)
+
+    def counts(self, x):
+        """(n, A) which actions have an effect: not those on symbols whose agent asks for nothing."""
+        if self.target is None:
+            return torch.ones((len(x), len(self.log_std)), dtype=torch.bool, device=x.device)
+        return self.symbols(x)[:, :, self.target] > 0.0
+
+    def log_prob(self, mean, action, counts):
+        """(n,) log-density of those actions (n, A) that count, given the policy's mean; its standard deviation is the same for
+        all symbols. The others change nothing, and would add their noise to the gradient."""
+        log_std = self.log_std.repeat(self.num_symbols)
+        z = (action - mean) * (-log_std).exp()
+        return ((-0.5 * z.square() - log_std - 0.5 * np.log(2 * np.pi)) * counts).sum(1)
+
+    def entropy(self):
+        return self.num_symbols * (self.log_std + 0.5 * np.log(2 * np.pi * np.e)).sum()
+
+    def value(self, features):
+        return self.critic(features[:, 0, -self.critic[0].in_features :]).squeeze(1)
+
+
+def load_agents(folder, device):
+    """run.json of a finished run of ppo_transformer_trading.py, its market's panel, splits and TradingData, and its network.
+
+    Raises ValueError naming --agents, the folder, and what is missing or another one than it says.
+    """
+    where = f"--agents {folder}"
+    if folder is None:
+        raise ValueError("--agents: expected the run directory of ppo_transformer_trading.py; only --env-id needs none")
+    for name in ("run.json", "model.pt"):
+        if not (Path(folder) / name).is_file():
+            raise ValueError(f"{where}: no {name} there; expected a finished run of ppo_transformer_trading.py")
+    run = json.loads((Path(folder) / "run.json").read_text())
+    if run.get("env_id") != AGENTS_ENV or run.get("status") != "finished":
+        raise ValueError(f"{where}: a {run.get('status')} run of {run.get('env_id')}; expected a finished one of {AGENTS_ENV}")
+    saved = run["args"]
+    panel = load_market(
+        saved["market"], saved["seed"], symbols=saved["symbols"] or None, start=saved["start"], end=saved["end"],
+        resample=saved["resample"],
+    )  # fmt: skip
+    if panel.sha256 != run["panel"]["sha256"]:
+        raise ValueError(
+            f"{where}: its panel {saved['market']} has sha256 {panel.sha256} now; expected {run['panel']['sha256']}"
+        )
+    if saved["folds"]:
+        splits = panel.walk_forward(saved["folds"], val_fraction=saved["val_fraction"], embargo=saved["embargo"])[saved["fold"]]
+    else:
+        splits = panel.split(saved["train_fraction"], saved["val_fraction"], saved["embargo"])
+    trading = TradingData(panel, TradingConfig(**saved["trading"]))
+    try:
+        sizes = (saved[name] for name in ("layers", "width", "heads"))
+        agents = SymbolAgent(trading.observation_size, len(ORDERS), trading.layout["window"], trading.config.window, *sizes)
+        agents.load_state_dict(torch.load(Path(folder) / "model.pt", weights_only=True)["best_model"])
+    except (KeyError, RuntimeError) as error:
+        what = str(error).splitlines()[0]
+        raise ValueError(f"{where}: {what}; expected arguments and weights of ppo_transformer_trading.py") from error
+    return run, panel, splits, trading, agents.to(device)
+
+
+def said(data):
+    """(T, N, len(SERIES)) view of PortfolioData's table of features that holds what the agents say."""
+    panel = data.panel
+    return data.assets.reshape(panel.num_bars, panel.num_symbols, -1)[:, :, -len(SERIES) :]
+
+
+def to_scores(data, actions, rows):
+    """Scores (n, N + 1) for Portfolio-v0, which are weights and the rest in cash, of actions (n, N) at rows (n,).
+
+    The budget of symbol i is exp(action i) equal shares of the equity, and of that it gets the weight that its agent's order
+    asks for: 0 everywhere is equal budgets. If together they come to more than all equity, all are cut in proportion.
+    """
+    weights = np.exp(actions, dtype=np.float64) * said(data)[rows, :, SERIES.index("agent_target")] / data.panel.num_symbols
+    total, budget = weights.sum(axis=1, keepdims=True), np.minimum(data.gross[rows], 1.0)[:, None]
+    weights = (weights * np.minimum(1.0, budget / np.maximum(total, 1e-12))).astype(np.float32)
+    # Rounded up: what is left over would be spread by the projection, a trifle for every symbol, whatever its agent says.
+    cash = np.nextafter((budget - weights.sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32), np.float32(2.0))
+    return np.concatenate([weights, np.maximum(0.0, cash)], axis=1)
+
+
+class Budgets(gym.vector.VectorWrapper):
+    """Portfolio-v0 with the logarithms of budgets for actions (`to_scores`), up to the whole equity for one symbol."""
+
+    def __init__(self, env, data):
+        super().__init__(env)
+        self.data = data
+        number = data.panel.num_symbols
+        self.single_action_space = gym.spaces.Box(SMALLEST, np.log(number, dtype=np.float32), (number,), np.float32)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, env.num_envs)
+
+    def step(self, actions, out=None):
+        return self.env.step(to_scores(self.data, actions, self.env.unwrapped.rows), out=out)
+
+
+def make_envs(args, splits, options):
+    """Training environments: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
+    if args.env_id != MARKET_ENV:
+        return gym.make_vec(
+            args.env_id, args.num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
+        )
+    markets = gym.make_vec(MARKET_ENV, args.num_envs, split=splits["train"], episode_length=args.episode_length, **options)
+    return Budgets(markets, options["data"])
+
+
+def save_checkpoint(path, content):
+    """Written beside and moved into place: a kill at any moment leaves the previous checkpoint or this one."""
+    torch.save(content, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+if __name__ == "__main__":
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides on the defaults of the rest
+    first.add_argument("--env-id", "--env_id", default=MARKET_ENV)
+    chosen, _ = first.parse_known_args()
+    settings = CLASSIC_CONTROL if chosen.env_id != MARKET_ENV else {}
+    args = tyro.cli(Args, default=dataclasses.replace(Args(), **settings), config=(tyro.conf.OmitArgPrefixes,))
+    checkpoint = None
+    if args.resume:
+        run_dir = Path(args.resume)
+        if not (run_dir / "model.pt").is_file():
+            sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
+        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        saved = checkpoint["args"]
+        nested = {"portfolio": Portfolio(**saved["portfolio"]), "guard": RegimeGuard(**saved["guard"])}
+        args = Args(**{**saved, **nested, "resume": args.resume})
+    for flag in (
+        "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every", "log_episodes", "hidden",
+    ):  # fmt: skip
+        if getattr(args, flag) < 1:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if not args.log_at or not all(0.0 < share <= 1.0 for share in args.log_at):
+        sys.exit(f"--log-at {args.log_at}: expected shares of the training, above 0 and at most 1")
+    logged = sorted(Path(args.log_dataset).glob(f"{args.exp_name}__{args.seed}__*/dataset.hdf5")) if args.log_dataset else []
+    if logged and not checkpoint:
+        sys.exit(f"--log-dataset {args.log_dataset}: holds {logged[0].parent.name} already; expected none of this seed")
+    if not 0.0 <= args.finetune_fraction <= 1.0:
+        sys.exit(f"--finetune-fraction {args.finetune_fraction}: expected a share of the training, 0 to 1")
+    if args.reward not in ("growth", "sharpe"):
+        sys.exit(f"--reward {args.reward}: expected growth or sharpe")
+    is_market = args.env_id == MARKET_ENV
+    if args.log_dataset and is_market:
+        sys.exit(f"--log-dataset {args.log_dataset}: expected only with --env-id of Gymnasium; its data would need the agents")
+    args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
+    batch_size = args.num_envs * args.num_steps
+    minibatch_size = batch_size // args.num_minibatches
+    num_iterations = max(1, args.total_timesteps // batch_size)
+    frozen_iterations = num_iterations - round(args.finetune_fraction * num_iterations)
+    if args.num_minibatches > batch_size:
+        sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {batch_size}, the steps of a rollout")
+
+    # Seed, threads, device
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    numba.get_num_threads()  # starts Numba's, which changes the number of torch's: so before the next line
+    torch.set_num_threads(args.num_threads)
+    risk_aversion = 1.0 + 2.0 * args.penalty_variance
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    # Market: panel, splits, tables; what is wrong with them is said in one line
+    data, splits, env_options = None, None, None
+    try:
+        if is_market:
+            agents_run, panel, splits, trading, agents = load_agents(args.agents, device)
+            terms = {name: agents_run["args"]["trading"][name] for name in ("costs", "fill")}
+            args.portfolio = dataclasses.replace(args.portfolio, **terms)
+            # What the agents say is shown as series of the panel, and written into the tables once it is known: `run_agents`.
+            unknown = dict.fromkeys(SERIES, np.zeros(panel.close.shape))
+            data = PortfolioData(dataclasses.replace(panel, extras=unknown), args.portfolio)
+            weights = {"log_growth": float(args.reward == "growth"), "differential_sharpe": float(args.reward == "sharpe")}
+            weights |= {name: getattr(args, f"penalty_{name}") for name in ("turnover", "drawdown", "cvar", "variance")}
+            env_options = dict(
+                data=data, guard=args.guard, reward_weights=weights, cvar_alpha=args.cvar_alpha, num_threads=args.num_threads
+            )
+            print(f"agents  {args.agents}, seed {agents_run['args']['seed']}, {agents_run['env_steps']} steps")
+            print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
+            print(f"costs   {data.costs.describe()}")
+        train_envs = make_envs(args, splits, env_options)
+        if not isinstance(train_envs.single_action_space, gym.spaces.Box):
+            raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected continuous actions")
+        if args.log_dataset:  # refuse actions that no dataset can hold
+            dataset.layout(f"--log-dataset {args.log_dataset}", 1, train_envs.single_action_space)
+    except (ValueError, gym.error.Error) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    num_actions = int(np.prod(train_envs.single_action_space.shape))
+    lowest, highest = train_envs.single_action_space.low, train_envs.single_action_space.high
+    obs_size = int(np.prod(train_envs.single_observation_space.shape))
+    # Any other environment is taken for a single symbol, with all of its actions.
+    shape = dict(num_symbols=1, outputs=num_actions, own=[slice(0, obs_size)], acts=None, target=None)
+    if is_market:
+        at = {name: data.features.index(name) for name in SERIES}
+        own = [data.layout[block] for block in ("assets", "weights", "drift")]
+        shape = dict(num_symbols=num_actions, outputs=1, own=own, acts=at["agent_acts"], target=at["agent_target"])
+    agent = Agent(obs_size, hidden=args.hidden, log_std=args.log_std, **shape).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    tuner = torch.optim.Adam(agents.parameters(), lr=args.finetune_rate, eps=1e-5, fused=True) if is_market else None
+
+    # Storage on the host: the market kernels write observations straight into it
+    obs = torch.zeros((args.num_steps + 1, args.num_envs, obs_size))
+    rewards = torch.zeros((args.num_steps, args.num_envs))
+    terminated, done = torch.zeros_like(rewards, dtype=torch.bool), torch.zeros_like(rewards, dtype=torch.bool)
+    x = torch.zeros((args.num_steps + 1, args.num_envs, obs_size), device=device)  # normalised observations
+    actions = torch.zeros((args.num_steps, args.num_envs, num_actions), device=device)
+    logprobs = torch.zeros((args.num_steps, args.num_envs), device=device)
+    values = torch.zeros((args.num_steps + 1, args.num_envs), device=device)
+    counts = torch.ones((args.num_steps, args.num_envs, num_actions), dtype=torch.bool, device=device)
+    panel_rows = torch.zeros((args.num_steps, args.num_envs), dtype=torch.int64)
+    advantages = torch.zeros_like(logprobs)
+    mb_x = torch.zeros((minibatch_size, obs_size), device=device)
+    mb_actions = torch.zeros((minibatch_size, num_actions), device=device)
+
+    def run_agents(split):
+        """Run every symbol's account over a split, all orders the most likely ones; returns its ledger by symbol.
+
+        What is said at every bar goes into `data`: it depends on that bar and those before it alone. With fine-tuning, what is
+        seen on the training split is kept in `seen`.
+        """
+        runs = trading.market(splits[split])
+        symbol, last = runs.symbol[runs.order], np.full(len(runs.order), -1)
+        going = np.ones(len(last), bool)
+        markets = TradingVectorEnv(
+            len(last), data=trading, split=splits[split], episode_length=0, random_start=False, num_threads=args.num_threads
+        )
+        weight = trading.layout["position"].start + POSITION.index("weight")
+        for start, stop in splits[split].ranges:
+            said(data)[start:stop] = 0.0
+
+        def symbol_policy(observation, mask, row):
+            with torch.no_grad():
+                says = agents(torch.as_tensor(observation).to(device), torch.as_tensor(mask).to(device)).cpu().numpy()
+            order = says[:, : len(ORDERS)].argmax(axis=1)
+            going[:] &= row > last  # an account that is over begins again, and is not listened to any more
+            last[:] = row
+            at = row[going], symbol[going]
+            own = np.column_stack([observation[:, weight], markets.targets(order), np.ones(len(order))])
+            said(data)[at] = np.hstack([says, own])[going]
+            if seen and split == "train":
+                seen["obs"][at], seen["mask"][at] = observation[going], mask[going]
+            return order
+
+        return ledger.backtest(markets, symbol_policy, panel, splits[split])
+
+    said_at = slice(-len(SERIES), len(SAID) - len(SERIES))  # of a symbol's features
+
+    def say(at):
+        """(len(at), N, len(SAID)) what the agents say now at training rows, differentiable; 0 where there is none."""
+        here = said(data)[at, :, SERIES.index("agent_acts")] > 0
+        at, symbol = at[np.nonzero(here)[0]], np.nonzero(here)[1]
+        says = agents(
+            torch.from_numpy(seen["obs"][at, symbol]).to(device), torch.from_numpy(seen["mask"][at, symbol]).to(device)
+        )
+        out = torch.zeros((*here.shape, len(SAID)), device=device)
+        out[torch.from_numpy(here).to(device)] = says
+        return out
+
+    seen = {}
+    if is_market and args.finetune_fraction > 0.0:  # pages that nothing is written to take no memory
+        seen["obs"] = np.zeros((*panel.close.shape, trading.observation_size), np.float32)
+        seen["mask"] = np.zeros((*panel.close.shape, len(ORDERS)), bool)
+
+    # Start, or go on from the checkpoint
+    global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
+    best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
+    best_agents = {k: v.clone() for k, v in agents.state_dict().items()} if is_market else None
+    episode_return, recent_returns = np.zeros(args.num_envs), []
+    if is_market:
+        if checkpoint:
+            agents.load_state_dict(checkpoint["agents"])
+        for split in ("train", "val"):
+            run_agents(split)
+    first_obs, _ = train_envs.reset(seed=args.seed)
+    obs[0] = torch.as_tensor(first_obs.reshape(args.num_envs, -1))
+    if checkpoint:
+        if not is_market:
+            sys.exit(f"--resume {args.resume}: {args.env_id} cannot save its state; expected a run of {MARKET_ENV}")
+        agent.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        tuner.load_state_dict(checkpoint["tuner"])
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        train_envs.unwrapped.set_state({k: v.numpy() for k, v in checkpoint["envs"].items()})
+        obs[0] = checkpoint["obs"]
+        episode_return, recent_returns = checkpoint["episode_return"].numpy(), checkpoint["recent_returns"]
+        best_score, best_model = checkpoint["best_score"], checkpoint["best_model"]
+        best_agents = checkpoint["best_agents"]
+        first_iteration, evals_since_best = checkpoint["iteration"] + 1, checkpoint["evals_since_best"]
+        global_step, train_seconds = checkpoint["global_step"], checkpoint["train_seconds"]
+        print(f"resume  {run_dir} after iteration {checkpoint['iteration']}")
+    else:
+        run_dir = ledger.new_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)
+    run = {
+        "status": "running", "env_id": args.env_id, "args": dataclasses.asdict(args),
+        **ledger.provenance(__file__, str(device)), "trials": 1,
+    }  # fmt: skip
+    if is_market:
+        run |= {"panel": ledger.describe_panel(panel, splits), "market": data.describe()}
+        run["agents"] = {name: agents_run[name] for name in ("args", "script_sha256", "env_steps")}
+    ledger.write_json(run_dir / "run.json", run)
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name, entity=args.wandb_entity, config=dataclasses.asdict(args), name=run_dir.name,
+            sync_tensorboard=True, save_code=True,
+        )  # fmt: skip
+    writer = SummaryWriter(run_dir, purge_step=global_step if checkpoint else None)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in dataclasses.asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+
+    def most_likely(observation):
+        with torch.no_grad():
+            mean = agent.mean(agent.encode(agent.norm(torch.as_tensor(observation).to(device))))
+        return mean.cpu().numpy().clip(lowest, highest)
+
+    def agent_policy(observation, _, row):
+        return to_scores(data, most_likely(observation), row)
+
+    def equal_budgets(observation, _, row):
+        return to_scores(data, np.zeros((len(observation), num_actions)), row)
+
+    def backtest(split, policy=agent_policy, **changes):
+        return portfolio_references.run(split=splits[split], policy=policy, **{**env_options, **changes})
+
+    def log_dataset(iteration):
+        """Episodes of the policy as it explores now. Their random numbers are their own: training does not notice."""
+        path = Path(args.log_dataset) / f"{args.exp_name}__{args.seed}__{global_step}" / "dataset.hdf5"
+        if path.exists():
+            return  # logged before the run was interrupted
+        seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0])  # market i takes seed + i
+        noise = torch.Generator().manual_seed(seed)
+
+        def act(observation, *_):
+            with torch.no_grad():
+                normalised = agent.norm(torch.as_tensor(observation).to(device))
+                mean = agent.mean(agent.encode(normalised))
+                action = mean + agent.log_std.exp() * torch.randn(mean.shape, generator=noise).to(device)
+                action = action.clamp(torch.as_tensor(lowest).to(device), torch.as_tensor(highest).to(device))
+                # at the action that is recorded: whoever reads it can compute it again
+                logprob = agent.log_prob(mean, action, agent.counts(normalised))
+            return action.cpu().numpy(), logprob.cpu().numpy()
+
+        task = {"env_id": args.env_id, "seed": args.seed}
+        weights = b"".join(value.cpu().numpy().tobytes() for value in agent.state_dict().values())
+        behaviour = {"policy": args.exp_name, "step": global_step, "checkpoint_sha256": hashlib.sha256(weights).hexdigest()}
+        meta = provenance(task, None, None, run["git_commit"], args.gamma, [behaviour])
+        episodes = make_envs(dataclasses.replace(args, num_envs=min(64, args.log_episodes)), splits, env_options)
+        dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed)
+
+    log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
+    started, failure = time.time(), None
+    progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
+    for iteration in range(first_iteration, num_iterations + 1):
+        tick, finetuning = time.perf_counter(), is_market and iteration > frozen_iterations
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+
+        # Rollout
+        finals, finished_returns = [], []
+        for step in range(args.num_steps):
+            with torch.no_grad():
+                x[step] = agent.norm(obs[step].to(device))
+                features = agent.encode(x[step])
+                mean, values[step], counts[step] = agent.mean(features), agent.value(features), agent.counts(x[step])
+                std = agent.log_std.exp().repeat(agent.num_symbols)
+                actions[step] = mean + std * torch.randn_like(mean)  # kept as drawn: the market gets it clipped
+                logprobs[step] = agent.log_prob(mean, actions[step], counts[step])
+            action = actions[step].cpu().numpy().clip(lowest, highest)
+            if is_market:
+                panel_rows[step] = torch.from_numpy(train_envs.unwrapped.rows)
+                _, reward, term, trunc, infos = train_envs.step(action, out=obs[step + 1].numpy())
+            else:
+                next_obs, reward, term, trunc, infos = train_envs.step(action.reshape(train_envs.action_space.shape))
+                obs[step + 1] = torch.as_tensor(next_obs.reshape(args.num_envs, -1))
+            rewards[step] = torch.as_tensor(reward)
+            terminated[step] = torch.as_tensor(term)
+            over = term | trunc
+            done[step] = torch.as_tensor(over)
+            episode_return += reward
+            if over.any():
+                ended = np.flatnonzero(over)
+                finals.append((step, ended, np.stack(infos["final_obs"][ended]).reshape(len(ended), -1)))
+                finished_returns.extend(episode_return[ended].tolist())
+                episode_return[ended] = 0.0
+        global_step += batch_size
+        recent_returns = (recent_returns + finished_returns)[-100:]
+
+        # Advantages. A finished episode is followed by its own last observation, never by the first of the next one:
+        # V(final_obs) is bootstrapped where the window was cut (truncation), not where the account was ruined.
+        with torch.no_grad():
+            x[-1] = agent.norm(obs[-1].to(device))
+            values[-1] = agent.value(agent.encode(x[-1]))
+            next_values = values[1:].clone()
+            if finals:
+                final_obs = torch.as_tensor(np.concatenate([f for _, _, f in finals]), dtype=torch.float32)
+                at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _ in finals]))
+                at_env = torch.as_tensor(np.concatenate([i for _, i, _ in finals]))
+                next_values[at_step, at_env] = agent.value(agent.encode(agent.norm(final_obs.to(device))))
+            deltas = args.reward_scale * rewards.to(device) - values[:-1]
+            deltas += args.gamma * next_values * ~terminated.to(device)
+            carry = args.gamma * args.gae_lambda * ~done.to(device)
+            running = torch.zeros(args.num_envs, device=device)
+            for step in reversed(range(args.num_steps)):
+                running = deltas[step] + carry[step] * running
+                advantages[step] = running
+            returns = advantages + values[:-1]
+
+        # Update
+        b_x, b_actions, b_logprobs = x[:-1].flatten(0, 1), actions.flatten(0, 1), logprobs.flatten()
+        b_counts, b_obs, b_rows = counts.flatten(0, 1), obs[:-1].flatten(0, 1), panel_rows.flatten().numpy()
+        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values[:-1].flatten()
+        statistics, updates = torch.zeros(5, device=device), 0
+        stop_update = False
+        for _ in range(args.update_epochs):
+            order = torch.randperm(batch_size).to(device)
+            for start in range(0, minibatch_size * args.num_minibatches, minibatch_size):
+                index = order[start : start + minibatch_size]
+                torch.index_select(b_x, 0, index, out=mb_x)
+                mb_input = mb_x
+                if finetuning:  # the same numbers, but for rounding, of which the agents' gradient is known
+                    at, place = np.unique(b_rows[index.cpu().numpy()], return_inverse=True)
+                    mb_obs = b_obs[index.cpu()].to(device)
+                    mb_obs[:, data.layout["assets"]].view(minibatch_size, num_actions, -1)[:, :, said_at] = say(at)[place]
+                    mb_input = agent.norm(mb_obs)
+                mb_features = agent.encode(mb_input)
+                torch.index_select(b_actions, 0, index, out=mb_actions)
+                new_logprob = agent.log_prob(agent.mean(mb_features), mb_actions, b_counts[index])
+                entropy = agent.entropy()
+                logratio = new_logprob - b_logprobs[index]
+                ratio = logratio.exp()
+
+                mb_advantages = b_advantages[index]
+                if args.norm_adv:
+                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped).mean()
+
+                new_value, old_value, target = agent.value(mb_features), b_values[index], b_returns[index]
+                v_loss = (new_value - target) ** 2
+                if args.clip_vloss:
+                    v_clipped = old_value + (new_value - old_value).clamp(-args.clip_coef, args.clip_coef)
+                    v_loss = torch.max(v_loss, (v_clipped - target) ** 2)
+                v_loss = 0.5 * v_loss.mean()
+
+                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+                optimizer.step()
+                if finetuning:
+                    nn.utils.clip_grad_norm_(agents.parameters(), args.max_grad_norm, foreach=True)
+                    tuner.step()
+                    tuner.zero_grad()
+                with torch.no_grad():
+                    approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
+                    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                    statistics += torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction])
+                    updates += 1
+                if args.target_kl is not None and approx_kl.item() > args.target_kl:
+                    stop_update = True
+                    break
+            if stop_update:
+                break
+        agent.norm.update(obs[:-1].flatten(0, 1).to(device))  # after the update: the first ratio is exactly 1
+        if finetuning:  # the accounts of these agents, and what is seen of them from the next bar on
+            run_agents("train")
+            obs[-1][:, data.layout["assets"]] = torch.from_numpy(data.assets[train_envs.unwrapped.rows])
+        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+        losses = dict(zip(names, (statistics / updates).tolist()))
+        train_seconds += time.perf_counter() - tick
+
+        # Fail-safe: stop cleanly, and say where
+        bad = [name for name, value in losses.items() if not np.isfinite(value)]
+        bad += [name for name, p in agent.named_parameters() if not torch.isfinite(p).all()]
+        if finetuning:
+            bad += [f"agents.{name}" for name, p in agents.named_parameters() if not torch.isfinite(p).all()]
+        if bad:
+            failure = f"diverged in iteration {iteration} (step {global_step}): {', '.join(bad)} not finite"
+            break
+
+        # Logging
+        sps = int(global_step / train_seconds)
+        explained = 1 - (b_returns - b_values).var() / b_returns.var()
+        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        writer.add_scalar("charts/SPS", sps, global_step)
+        writer.add_scalar("losses/explained_variance", explained.item(), global_step)
+        writer.add_scalar("losses/log_std", agent.log_std.mean().item(), global_step)
+        for name, value in losses.items():
+            writer.add_scalar(f"losses/{name}", value, global_step)
+        if finished_returns:
+            writer.add_scalar("charts/episodic_return", np.mean(finished_returns), global_step)
+        latest = f"{np.mean(recent_returns):.4g}" if recent_returns else "-"
+        progress.set_postfix_str(f"{sps} steps/s, return {latest}", refresh=False)
+        progress.update(batch_size)
+
+        # Validation: choose the model here, never on the test split
+        if is_market and (iteration % args.eval_every == 0 or iteration == num_iterations):
+            if finetuning:
+                run_agents("val")
+            score = portfolio_references.utility(backtest("val"), risk_aversion, panel.bars_per_year)
+            writer.add_scalar("eval/val_utility", score, global_step)
+            evals_since_best += 1
+            if score > best_score:
+                best_score, evals_since_best = score, 0
+                best_model = {k: v.clone() for k, v in agent.state_dict().items()}
+                best_agents = {k: v.clone() for k, v in agents.state_dict().items()}
+        stop_early = args.patience > 0 and evals_since_best >= args.patience
+        if iteration in log_after or (stop_early and num_iterations in log_after):
+            log_dataset(iteration)
+        if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
+            save_checkpoint(run_dir / "model.pt", {
+                "args": dataclasses.asdict(args), "iteration": num_iterations if stop_early else iteration,
+                "global_step": global_step, "train_seconds": train_seconds,
+                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
+                "envs": {k: torch.as_tensor(v) for k, v in train_envs.unwrapped.get_state().items()} if is_market else None,
+                "agents": agents.state_dict() if is_market else None, "best_agents": best_agents,
+                "tuner": tuner.state_dict() if is_market else None, "obs": obs[-1],
+                "episode_return": torch.as_tensor(episode_return),
+                "recent_returns": recent_returns, "best_score": best_score, "best_model": best_model,
+                "evals_since_best": evals_since_best,
+            })  # fmt: skip
+        if stop_early:
+            print(f"\nstopped early: no better validation score in {evals_since_best} backtests")
+            break
+        obs[0] = obs[-1]
+    progress.close()
+    writer.close()
+
+    # Final report: the chosen model on every split; the test split is read here for the first and only time
+    run |= {
+        "status": "failed" if failure else "finished", "failure": failure, "env_steps": global_step,
+        "train_seconds": train_seconds, "wall_clock": time.time() - started, "sps": global_step / max(train_seconds, 1e-9),
+        "last_100_returns": float(np.mean(recent_returns)) if recent_returns else None, "val_utility": best_score,
+    }  # fmt: skip
+    if failure:
+        ledger.write_json(run_dir / "run.json", run)
+        sys.exit(f"{failure}; the last good checkpoint, if any, is in {run_dir}")
+    if is_market:
+        agent.load_state_dict(best_model)
+        agents.load_state_dict(best_agents)
+        accounts = {split: run_agents(split) for split in splits}
+        frames = {split: backtest(split) for split in splits}
+        ledger.write_ledger(run_dir / "symbols.parquet", pd.concat(accounts.values(), ignore_index=True))
+        ledger.write_ledger(run_dir / "ledger.parquet", pd.concat(frames.values(), ignore_index=True))
+        equal = {split: backtest(split, equal_budgets) for split in splits}
+        compared = {
+            "agent": frames["test"], "equal budgets, rebalanced": equal["test"], "equal budgets": ledger.book(accounts["test"]),
+            **portfolio_references.references(data, splits["test"], risk_aversion),
+        }  # fmt: skip
+        if args.guard.active:
+            compared["without guard"] = backtest("test", guard=RegimeGuard())
+        scores = {name: ledger.summarise(frame, panel.bars_per_year) for name, frame in compared.items()}
+        run["scores"] = {"test": scores} | {
+            split: {"agent": ledger.summarise(frames[split], panel.bars_per_year, resamples=0)} for split in ("train", "val")
+        }
+        for name, frame in compared.items():
+            scores[name]["utility"] = portfolio_references.utility(frame, risk_aversion, panel.bars_per_year)
+        print(f"\ntest split, after costs, per year ({scores['agent']['bars']} bars; {scores['agent']['bootstrap']})")
+        print(f"{'':26}{'Sharpe':>7}  {'95% interval':<16}{'growth':>8}{'utility':>9}{'drawdown':>10}", end="")
+        print(f"{'turnover':>10}{'cost':>8}{'gross':>7}")
+        for name, s in scores.items():
+            interval = f"[{s['sharpe_low']:.2f}, {s['sharpe_high']:.2f}]"
+            print(f"{name:26}{s['sharpe']:7.2f}  {interval:<16}{s['growth']:8.1%}{s['utility']:9.1%}", end="")
+            print(f"{s['max_drawdown']:10.1%}{s['turnover']:9.0f}x{s['cost']:8.1%}{s['gross_exposure']:7.2f}")
+        if "closed form" in scores:
+            run["utility_share"] = scores["agent"]["utility"] / scores["closed form"]["utility"]
+            alive = {name: frame["net_exposure"][frame["equity"] > RUIN] for name, frame in compared.items()}
+            weight, best = (float(alive[name].mean()) for name in ("agent", "closed form"))
+            run["mean_net_exposure"] = {"agent": weight, "closed form": best}
+            print(f"utility at risk aversion {risk_aversion:g} is {run['utility_share']:.3f} of the closed form's; ", end="")
+            print(f"mean net exposure {weight:.3f}, closed form {best:.3f}")
+        bars, run["over"] = ["market", "timestamp"], {}
+        for name in ("equal budgets, rebalanced", "equal budgets"):
+            # An account that holds every bar, and one that begins once the first agent acts: on the bars that both have
+            other = compared[name]
+            both = [one.merge(two[bars], on=bars) for one, two in ((frames["test"], other), (other, frames["test"]))]
+            gain, low, high, how = ledger.difference(*both, panel.bars_per_year)
+            run["over"][name] = {"growth_gained": gain, "low": low, "high": high, "bootstrap": how}
+            print(f"growth {gain:+.2%} a year over {name}, 95% interval [{low:.2%}, {high:.2%}] ({how})")
+        run["equal_budgets"] = {s: float(ledger.growth(f).mean() * panel.bars_per_year) for s, f in equal.items()}
+        told = ", ".join(f"{growth:.1%} on {split}" for split, growth in run["equal_budgets"].items())
+        print(f"growth of equal budgets, rebalanced: {told}; the agents learned on the first of these")
+        if args.guard.active:
+            gain, low, high, how = ledger.difference(frames["test"], compared["without guard"], panel.bars_per_year)
+            hits = {name: float(frames["test"][name].mean()) for name in args.guard.active}
+            run["guard"] = {"growth_gained": gain, "low": low, "high": high, "bootstrap": how, "hit_rates": hits}
+            fired = ", ".join(f"{name} {rate:.1%}" for name, rate in hits.items())
+            print(f"guard: growth {gain:+.2%} a year against none, 95% interval [{low:.2%}, {high:.2%}] ({how})")
+            print(f"guard fired on test bars: {fired}")
+    else:
+        print(f"\nmean return of the last {len(recent_returns)} episodes of training: {latest}")
+        obs_now, _ = train_envs.reset(seed=args.seed + 10_000)  # episodes that training never saw, without exploration
+        returns, episode_return[:] = [], 0.0
+        while len(returns) < args.eval_episodes:
+            action = most_likely(obs_now.astype(np.float32).reshape(args.num_envs, -1))
+            obs_now, reward, term, trunc, _ = train_envs.step(action.reshape(train_envs.action_space.shape))
+            episode_return += reward
+            returns.extend(episode_return[term | trunc].tolist())
+            episode_return[term | trunc] = 0.0
+        run["eval_return"] = float(np.mean(returns))
+        print(f"mean return of {len(returns)} episodes of its mean action: {run['eval_return']:.4g}")
+    ledger.write_json(run_dir / "run.json", run)
+    print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")
+    if args.track:
+        wandb.finish()
