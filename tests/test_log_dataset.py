@@ -118,7 +118,7 @@ def assert_behaves_like(script, model, data):
             logprob, entropy = agent.log_prob(agent.actor(x), action), float(agent.entropy())
         else:
             mask = torch.as_tensor(rows.get("infos/action_mask", np.ones((len(x), data.action_space.n), bool)))
-            all_logprobs = agent.log_probs(x, mask)
+            all_logprobs = script.view(agent).log_probs(x, mask)
             logprob = all_logprobs.gather(1, action[:, None])[:, 0]
             entropy = float(-(all_logprobs.exp() * all_logprobs).sum(1).mean())
     np.testing.assert_allclose(rows["infos/behavior_logprob"], logprob, atol=1e-4)
@@ -235,7 +235,8 @@ def test_any_gymnasium_id(script, inside, tmp_path):
     """Successors are where the physics lead from the last state: not where the next episode begins."""
     env_id = script.classic[0]
     sizes = ["--num-envs", "4", "--num-steps", "64", "--total-timesteps", "512", "--num-minibatches", "2"]
-    g = inside("--env-id", env_id, *sizes, "--log-dataset", str(tmp_path), "--log-at", "0.5", "1", "--log-episodes", "6")
+    logging = ["--log-dataset", str(tmp_path), "--log-at", "0.5", "1", "--log-episodes", "6"]
+    g = inside("--env-id", env_id, *script.plain, *sizes, *logging)
     for step in (256, 512):
         data = Dataset(tmp_path / f"{script.name}__1__{step}" / "dataset.hdf5", gym.make(env_id).action_space)
         assert data.meta["episodes"] >= 6 and data.meta["task"] == {"env_id": env_id, "seed": 1} and Task.of(data) is None

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -486,6 +487,27 @@ def test_the_policy_of_a_backtest_remembers_as_in_training(finished):
     policy.after(reward, np.array([True] + [False] * (env.num_envs - 1)))
     policy(obs, infos["action_mask"], infos["row"])
     assert (trace[-1][:, 0] == -1).all() and (trace[-1][:, 1:] >= 0).all()
+
+
+def test_logged_actions_are_those_of_a_specialist_that_the_gate_chose_for_a_while(script, inside, tmp_path):
+    """Of every five steps from an episode's start on, one and the same specialist explains all log-probabilities."""
+    options = ["--env-id", "CartPole-v1", "--total-timesteps", "1024", "--decide-every", "5", "--learning-rate", "0.01"]
+    g = inside(*options, "--log-dataset", str(tmp_path / "logs"), "--log-episodes", "30")
+    (path,) = (tmp_path / "logs").glob("*/dataset.hdf5")
+    with h5py.File(path) as file:
+        obs, actions = (torch.as_tensor(file[name][:]) for name in ("observations", "actions"))
+        logged, ends = file["infos/behavior_logprob"][:], file["dones"][:].astype(bool)
+    agent = g["agent"]
+    with torch.no_grad():
+        every = agent.all_log_probs(agent.norm(obs), torch.ones((len(obs), 2), dtype=torch.bool))
+    found = every.gather(2, actions.long()[:, None, None].expand(-1, 3, 1)).squeeze(2).numpy()
+    explains = np.abs(found - logged[:, None]) < 1e-4
+    assert explains.any(1).all() and 0.3 < explains.mean() < 0.6
+    last = np.flatnonzero(ends)
+    episodes = zip(np.append(0, last[:-1] + 1), last + 1)
+    blocks = [range(a, min(a + 5, stop)) for start, stop in episodes for a in range(start, stop, 5)]
+    who = np.array([explains[list(block)].all(0) for block in blocks])
+    assert who.any(1).all() and (who.sum(0) > 5).all()
 
 
 # --- on other markets
