@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic matrix products are refused on CUDA
 import gymnasium as gym
+import numba
 import numpy as np
 import pandas as pd
 import torch
@@ -492,6 +493,8 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    # Numba's threads start here: starting them sets OpenMP's number to all cores, and that is torch's too.
+    numba.set_num_threads(min(args.num_threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(args.num_threads)
     risk_aversion = 1.0 + 2.0 * args.penalty_variance
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
