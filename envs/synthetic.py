@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 from numba import njit
+from scipy.signal import lfilter
 from scipy.stats import norm
 
 from envs.costs import parse_options
@@ -393,19 +394,18 @@ class OrnsteinUhlenbeck(Histories):
 
     def draw(self, rng: np.random.Generator):
         shape = (self.bars, self.assets)
-        shocks = rng.standard_normal((2, *shape))
-        moves, deviation, x = np.zeros((2, *shape)), np.zeros(shape), np.zeros(self.assets)
-        for t in range(self.bars):
-            if t == 0:
-                moves[1, 0] = x = stationary_deviation(self.half_life, self.vol) * shocks[1, 0]
-            else:
-                for part, share in enumerate((OVERNIGHT**2, INTRADAY**2)):
-                    keep, noise = reversion(self.half_life, self.vol, share)
-                    moves[part, t] = (keep - 1.0) * x + noise * shocks[part, t]
-                    x = x + moves[part, t]
-            deviation[t] = x
+        keep, _ = reversion(self.half_life, self.vol)
+        (keep_night, night), (keep_day, day) = (reversion(self.half_life, self.vol, part**2) for part in (OVERNIGHT, INTRADAY))
+        shocks = night * rng.standard_normal(shape), day * rng.standard_normal(shape)
+        start = stationary_deviation(self.half_life, self.vol) * rng.standard_normal(self.assets)
+        added = keep_day * shocks[0] + shocks[1]  # by a whole bar
+        added[0] = start
+        deviation = lfilter([1.0], [1.0, -keep], added, axis=0)
+        before = np.concatenate([np.zeros((1, self.assets)), deviation[:-1]])
+        opened = keep_night * before + shocks[0]
+        opened[0] = 0.0
         hidden = {"deviation": deviation, "half_life": np.full(shape, self.half_life), "volatility": np.full(shape, self.vol)}
-        return moves[0], moves[1], hidden, {}
+        return opened - before, deviation - opened, hidden, {}
 
 
 def reversion(half_life: float, vol: float, share: float = 1.0) -> tuple[float, float]:

@@ -10,7 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import CONFIG, DEAR, FILLS, ROOT, SMALL, TINY, assert_same_bits, make_env, ragged_panel, whole
+from conftest import CONFIG, DEAR, FILLS, ROOT, SMALL, TINY, assert_same_bits, make_env, ragged_panel, trading_data, whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import norm
 
 from envs import ledger
@@ -251,6 +253,80 @@ def test_wrong_number_of_markets_is_refused(small_data):
     env = make_env(small_data, 3, split=split, episode_length=0, random_start=False)
     with pytest.raises(ValueError, match=r"3 markets for split 'test'; expected one per range: 2"):
         ledger.backtest(env, changing, small_data.panel, split)
+
+
+# --- the book of all symbols of Trading-v0
+
+
+def traded(panel, split, costs=DEAR, seed=0):
+    """Ledger of random orders on every symbol and range."""
+    data = trading_data(panel, costs=costs)
+    rng = np.random.default_rng(seed)
+
+    def policy(obs, mask, rows):
+        return (rng.random(mask.shape) * mask).argmax(axis=1)
+
+    env = make_env(data, len(data.runs(split)), split=split, episode_length=0, random_start=False)
+    return ledger.backtest(env, policy, panel, split), data
+
+
+def test_a_ledger_of_trading_says_symbol_range_and_events():
+    panel = ragged_panel(3, bars=260)
+    split = Split("test", np.array([[30, 150], [150, 260]]))
+    found, data = traded(panel, split)
+    assert tuple(found.columns) == (*ledger.LEDGER[:-1], "event", "masked", "action", "symbol", "range")
+    for number, (j, r, start, stop) in enumerate(sorted(data.runs(split).tolist(), key=lambda run: run[1])):
+        rows = found[found["market"] == number]
+        assert set(rows["symbol"]) == {panel.symbols[j]} and set(rows["range"]) == {r}
+        assert_same_bits(rows["timestamp"].to_numpy("datetime64[ns]"), panel.timestamps[start + 1 : stop], "timestamp")
+    assert number == found["market"].max() and set(found["action"]) == set(range(7)) and found["event"].max() > 0
+    env = make_env(data, 3, split=split, episode_length=0, random_start=False)
+    with pytest.raises(ValueError, match=rf"3 markets for split 'test'; expected one per range and symbol: {number + 1}"):
+        ledger.backtest(env, changing, panel, split)
+
+
+@given(seed=st.integers(0, 1000), symbols=st.integers(2, 7))
+@settings(max_examples=15)
+def test_the_book_is_the_sum_of_equal_budgets(seed, symbols):
+    """Its money adds up in every row; its equity is the mean of the symbols', each in cash outside its rows."""
+    panel = ragged_panel(seed, bars=220, symbols=max(4, symbols))
+    split = Split("test", np.array([[30, 130], [130, 220]]))
+    found, _ = traded(panel, split, seed=seed)
+    book = ledger.book(found)
+    assert tuple(book.columns) == ledger.LEDGER and book["market"].tolist() == sorted(book["market"])
+    money = book["gross_return"] + book["interest"] - sum(book[name] for name in CHARGES)
+    np.testing.assert_allclose(book["net_return"], money, rtol=0, atol=1e-12)
+    for r, rows in book.groupby("market"):
+        np.testing.assert_allclose(rows["equity"], np.cumprod(1 + rows["net_return"]), rtol=1e-12)
+        parts = [part for _, part in found[found["range"] == r].groupby("market")]
+        assert len(rows) == len(set().union(*(part["timestamp"] for part in parts)))
+        before = 1.0
+        for n in rng_rows(len(rows), seed):
+            now = rows["timestamp"].iloc[n]
+            values, net, exposure = [], 0.0, []
+            for part in parts:
+                past = part[part["timestamp"] <= now]
+                values.append(past["equity"].iloc[-1] if len(past) else 1.0)
+                here = part[part["timestamp"] == now]
+                start = here["equity"].iloc[0] / (1 + here["net_return"].iloc[0]) if len(here) else values[-1]
+                net += values[-1] - start
+                exposure.append(start * here["net_exposure"].iloc[0] if len(here) else 0.0)
+            before = rows["equity"].iloc[n - 1] if n > 0 else 1.0
+            assert rows["equity"].iloc[n] == pytest.approx(np.mean(values), rel=1e-12)
+            assert rows["net_return"].iloc[n] == pytest.approx(net / len(parts) / before, abs=1e-12)
+            np.testing.assert_allclose(rows["action"].iloc[n], np.array(exposure) / len(parts) / before, atol=1e-12)
+            assert rows["net_exposure"].iloc[n] == pytest.approx(sum(exposure) / len(parts) / before, abs=1e-12)
+
+
+def rng_rows(count, seed):
+    return {0, count - 1, *np.random.default_rng(seed).integers(count, size=4).tolist()}
+
+
+def test_a_book_needs_symbols_and_ranges(small_data):
+    split = small_data.panel.split()["train"]
+    frame = ledger.backtest(backtester(small_data, split), changing, small_data.panel, split)
+    with pytest.raises(ValueError, match="book: columns .*expected symbol and range"):
+        ledger.book(frame)
 
 
 def account_in_money(panel: Panel, fill: str, costs, targets, first: int, stop: int) -> list[float]:

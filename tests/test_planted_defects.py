@@ -8,7 +8,7 @@ from conftest import ROOT, run_python
 
 TESTS = (
     "conftest.py", "test_costs.py", "test_features.py", "test_leadlag.py", "test_panel.py", "test_portfolio.py",
-    "test_series.py",
+    "test_series.py", "test_trading.py",
 )  # fmt: skip
 LEAK_IN_FEATURES = "test_features.py::test_no_feature_and_no_target_uses_a_later_bar[xcorr]"
 LEAK_IN_ENV = "test_leadlag.py::test_nothing_seen_or_earned_depends_on_later_bars[same_close]"
@@ -21,9 +21,12 @@ GUARDS = "test_portfolio.py::test_guards_at_their_threshold"
 NO_TRADE = "test_portfolio.py::test_scores_of_zero"
 PORTFOLIO_REWARD = "test_portfolio.py::test_every_bar_adds_up[short-guarded]"
 LEAK_IN_SERIES = "test_series.py::test_global_series[s.csv]"
+GAP = "test_trading.py::test_exits_of_a_position_that_is_held[0-bar4-1-0.9]"
+BOTH_TOUCHED = "test_trading.py::test_exits_of_a_position_that_is_held[0-bar7-1-0.95]"
+LEAK_IN_TRADING = "test_trading.py::test_nothing_seen_or_earned_depends_on_later_bars[next_open]"
 NODES = (
     LEAK_IN_FEATURES, LEAK_IN_ENV, CASH, DRIFT, FILL, REWARD, LEAK_IN_PORTFOLIO, GUARDS, NO_TRADE, PORTFOLIO_REWARD,
-    LEAK_IN_SERIES,
+    LEAK_IN_SERIES, GAP, BOTH_TOUCHED, LEAK_IN_TRADING,
 )  # fmt: skip
 
 # name -> file, the text to be replaced, what replaces it, the tests that must notice
@@ -80,6 +83,19 @@ DEFECTS = {
         "obs[i, features + e] = m.context[t, e]",
         "obs[i, features + e] = m.context[min(t + 1, len(m.context) - 1), e]",
         (LEAK_IN_PORTFOLIO,),
+    ),
+    "a stop fills at its level where the bar opens below it": ("trading.py", "return STOP, open_", "return STOP, stop", (GAP,)),
+    "the target is filled where a bar touches both levels": (
+        "trading.py",
+        "    if low <= stop:\n        return STOP, stop\n",
+        "    if low <= stop and high < target:\n        return STOP, stop\n",
+        (BOTH_TOUCHED,),
+    ),
+    "the trader sees the next bar": (
+        "trading.py",
+        "begin = max(m.history[t], t - p.window + 1)\n",
+        "begin = max(m.history[t], t - p.window + 1)\n    t = min(t + 1, m.features.shape[1] - 1)\n    begin += t - s.t\n",
+        (LEAK_IN_TRADING,),
     ),
     "a series is known one bar early": (
         "series.py",

@@ -183,7 +183,7 @@ def test_the_clipped_objective_of_the_last_minibatch(script, inside):
     """Several epochs of several minibatches: the loss, of what the script has in its variables, written out term by term."""
     g = inside(
         *script.short, "--update-epochs", "4", "--learning-rate", "0.01", "--no-anneal-lr", "--ent-coef", "0.07",
-        "--vf-coef", "0.3", "--clip-coef", "0.05", "--total-timesteps", "1024",
+        "--vf-coef", "0.3", "--clip-coef", "0.05", "--total-timesteps", "1024", "--num-minibatches", "4",
     )  # fmt: skip
     assert len(g["index"]) == 256 and len(set(g["index"].tolist())) == 256
     ratio = g["ratio"].detach().double().numpy()

@@ -257,6 +257,30 @@ def test_tail_is_as_described():
     assert panel.extras == {} and len({*panel.segments}) == 20
 
 
+def test_ou_is_as_described():
+    """Stationary from the first bar, reverting by the half-life, with the given shocks, from close to open to close."""
+    half_life, vol = 4.0, 0.02
+    panel = make_panel(f"synthetic:ou:bars=3000:train=6:val=1:test=1:assets=5:half_life={half_life}:vol={vol}", seed=1)
+    deviation, rows = panel.hidden["deviation"], inside(panel)
+    np.testing.assert_allclose(np.log(panel.close / 100), deviation, atol=1e-12)
+    assert (panel.hidden["half_life"] == half_life).all() and (panel.hidden["volatility"] == vol).all() and panel.extras == {}
+    keep = 0.5 ** (1 / half_life)
+    spread = vol / np.sqrt(1 - keep**2)
+    assert deviation.std() == pytest.approx(spread, rel=0.02) and deviation[panel.segments].std() == pytest.approx(
+        spread, rel=0.4
+    )
+    night = np.log(panel.open[rows] / 100) - keep**0.1 * deviation[rows - 1]
+    day = deviation[rows] - keep**0.9 * np.log(panel.open[rows] / 100)
+    shock = deviation[rows] - keep * deviation[rows - 1]
+    parts = [vol * np.sqrt((1 - keep ** (2 * share)) / (1 - keep**2)) for share in (0.1, 0.9, 1.0)]
+    for found, expected in zip((night, day, shock), parts):
+        assert found.std() == pytest.approx(expected, rel=0.01)
+        assert abs(np.corrcoef(found[:-1].ravel(), found[1:].ravel())[0, 1]) < 0.02
+        assert abs(np.corrcoef(found.ravel(), deviation[rows - 1].ravel())[0, 1]) < 0.02
+    assert parts[2] == pytest.approx(vol) and abs(np.corrcoef(night.ravel(), day.ravel())[0, 1]) < 0.02
+    assert np.abs(np.corrcoef(shock.T) - np.eye(5)).max() < 0.04, "assets are independent"
+
+
 def test_noise_earns_nothing_on_average():
     panel = make_panel("synthetic:noise:bars=3000:train=4:val=1:test=1:vol=0.05", seed=1)
     rows = inside(panel)
@@ -292,6 +316,8 @@ def test_noise_earns_nothing_on_average():
         ("synthetic:garleanu-pedersen:reversion_fast=1.1", ("reversion_fast=1.1: expected",)),
         ("synthetic:merton:vol=0", ("vol=0.0: expected a number between 0 and 1",)),
         ("synthetic:merton:drift=-1", ("drift=-1.0: expected a number between -1 and 1",)),
+        ("synthetic:ou:half_life=0.4", ("half_life=0.4: expected at least 0.5",)),
+        ("synthetic:ou:vol=0", ("vol=0.0: expected a number between 0 and 1",)),
         ("synthetic:tail:assets=3", ("assets=3: expected 2",)),
         ("synthetic:tail:vol=0", ("vol=0.0: expected a number between 0 and 1",)),
         ("synthetic:tail:probability=1", ("probability=1.0: expected a number between 0 and 1",)),

@@ -16,6 +16,7 @@ from envs.portfolio import RegimeGuard
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import load_market
 from envs.task import Task, describe_task, provenance
+from envs.trading_tables import TradingConfig
 
 GP = "synthetic:garleanu-pedersen:bars=300:train=2:val=1:test=2"
 GUARDED = RegimeGuard(guard_drawdown=0.02, guard_scale=0.4, guard_turnover=0.3)
@@ -244,3 +245,8 @@ def test_a_script_without_a_flag_is_no_market():
 
     with pytest.raises(AttributeError, match="symbols"):
         describe_task("LeadLag-v0", Args, LeadLagConfig())
+
+
+def test_a_market_that_cannot_be_rebuilt_is_refused_before_its_data_are_logged():
+    with pytest.raises(ValueError, match="env_id 'Trading-v0': its data cannot be logged; expected one of .*LeadLag-v0"):
+        describe_task("Trading-v0", None, TradingConfig())

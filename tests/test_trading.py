@@ -558,7 +558,7 @@ def test_every_step_is_that_of_an_account_in_shares_and_cash(fill, fields):
     if fill == "next_open" and "open" not in fields:
         return
     seen, halted = set(), 0
-    fewer = {"max_exposure": None, "stop_loss": 0.0, "daily_loss": None, "max_holding": 0}
+    fewer = {"sizes": (0.25, 0.5, 1.0), "max_exposure": None, "stop_loss": 0.0, "daily_loss": None, "max_holding": 0}
     other = {"take_profit": 0.0, "max_drawdown": None, "max_holding": 30, "sizes": (0.2, 0.3, 0.7), "add": 0.2}
     for seed, changes in enumerate(({}, {}, fewer, other)):
         panel = broken(seed, fields)
@@ -603,16 +603,14 @@ def test_every_step_is_that_of_an_account_in_shares_and_cash(fill, fields):
 
 
 @given(
-    cash=st.floats(0.0, 1.0), adds=st.integers(0, 3), stopped=st.booleans(), cooldown=st.integers(0, 2),
+    cash=st.just(1.0) | st.floats(0.0, 1.0), adds=st.integers(0, 3), stopped=st.booleans(), cooldown=st.integers(0, 2),
     row=st.integers(WARMUP, 100), symbol=st.integers(0, 5), add=st.floats(0.05, 0.5), largest=st.floats(0.3, 1.0),
 )  # fmt: skip
 @settings(max_examples=60)
-def test_mask_properties(ragged, cash, adds, stopped, cooldown, row, symbol, add, largest):
+def test_mask_properties(cash, adds, stopped, cooldown, row, symbol, add, largest):
     """What is allowed is possible in full; holding always is; without a bar nothing else; blocked: only selling."""
-    data = TradingData.__new__(TradingData)
-    data.__dict__ |= ragged.__dict__ | {
-        "config": replace(ragged.config, add=add, max_position=largest, sizes=(0.3 * largest, 0.8 * largest, 0.99))
-    }
+    sizes = (0.3 * largest, 0.8 * largest, 0.99)
+    data = TradingData(ragged_panel(0), TradingConfig(costs="zero", window=1, add=add, max_position=largest, sizes=sizes))
     env = make_env(data, split=whole(data.panel), episode_length=0, random_start=False)
     env.reset(seed=0)
     held = 1.0 - cash
@@ -633,16 +631,11 @@ def test_mask_properties(ragged, cash, adds, stopped, cooldown, row, symbol, add
     if blocked or weight > 0 or not here:
         assert not buys.any()
     else:
-        assert buys.tolist() == [size <= largest for size in env.data.config.sizes] and buys[:2].all()
+        assert buys.tolist() == [size <= largest for size in sizes] and buys[:2].all()
     assert mask[SELL_PART] == mask[SELL_ALL] == (here and weight > 0)
     possible = here and not blocked and weight > 0 and adds < 3 and weight + add <= largest + 1e-9
     assert mask[ADD] == possible
     assert not mask[ADD] or add <= 1.0 - weight + 1e-9, "not on credit"
-
-
-@pytest.fixture(scope="module")
-def ragged() -> TradingData:
-    return TradingData(ragged_panel(0), TradingConfig(costs="zero", window=1))
 
 
 def test_a_million_steps_obey_the_mask_and_the_limits():
