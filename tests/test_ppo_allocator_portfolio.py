@@ -25,6 +25,7 @@ from scripts import (
 from torch.distributions import Normal
 
 from envs import ledger
+from envs.portfolio import RegimeGuard
 from envs.portfolio_tables import PortfolioData
 from envs.trading import ORDERS
 from envs.trading_tables import TradingData
@@ -188,12 +189,13 @@ def test_no_output_is_equal_budgets(frozen):
     assert_same_ledger(expected, g["compared"]["equal budgets, rebalanced"])
     # each bar it earns the mean of what the accounts earn, before costs, but for the way of prices to the fill
     alone = g["accounts"]["test"].groupby(["range", "timestamp"])["gross_return"].mean().to_numpy()
-    together = expected["gross_return"].to_numpy()
+    unguarded = g["backtest"]("test", g["equal_budgets"], guard=RegimeGuard())
+    together = unguarded["gross_return"].to_numpy()
     assert np.abs(together).max() > 1e-4 and np.abs(together - alone).max() < 1e-5
     target = g["said"](g["data"])[:, :, g["SERIES"].index("agent_target")]
-    bars = expected.groupby("market").size()
+    bars = unguarded.groupby("market").size()
     rows = np.concatenate([np.arange(stop - 1 - bars[k], stop - 1) for k, (_, stop) in enumerate(g["splits"]["test"].ranges)])
-    np.testing.assert_allclose(actions_of(expected), target[rows] / 3, atol=1e-7)
+    np.testing.assert_allclose(actions_of(unguarded), target[rows] / 3, atol=1e-7)
 
 
 def test_scores_are_budgets_of_what_the_agents_ask_for(frozen):
@@ -382,6 +384,16 @@ def test_agents_learn_in_the_last_part_only(agents, checkpoints, frozen, inside,
     assert_same_run(Run(folder), base)
 
 
+def test_the_chosen_agents_are_those_of_the_chosen_model(agents, base, inside, tmp_path):
+    """A checkpoint whose best score was that of the agents as they came: their accounts are reported, not the last ones."""
+    folder = shutil.copytree(base.folder, tmp_path / "copy")
+    torch.save(base.model | {"best_agents": agents.model["best_model"]}, folder / "model.pt")
+    inside("--resume", str(folder))
+    theirs = pd.read_parquet(agents.folder / "symbols.parquet").drop(columns="free")
+    assert_same_ledger(pd.read_parquet(folder / "symbols.parquet"), theirs)
+    assert not theirs.drop(columns="action").equals(pd.read_parquet(base.folder / "symbols.parquet").drop(columns="action"))
+
+
 def test_what_is_said_inside_the_graph_is_what_was_recorded(checkpoints):
     """By the agents as they are: on every training bar, 0 where there is none, and differentiable."""
     g, _ = checkpoints
@@ -417,6 +429,11 @@ def test_no_learning_rate_is_no_fine_tuning(script, inside):
     assert_same_content(dict(tuned["agents"].state_dict()), dict(plain["agents"].state_dict()))
     for name, weight in plain["agent"].state_dict().items():
         torch.testing.assert_close(tuned["agent"].state_dict()[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_torch_keeps_its_number_of_threads(frozen):
+    """Kernels that run on several of them have been started since."""
+    assert torch.get_num_threads() == 1 and frozen["train_envs"].unwrapped.parallel
 
 
 # --- the report
