@@ -28,6 +28,7 @@ from tqdm import tqdm
 import envs  # noqa: F401  (registers Portfolio-v0)
 from envs import dataset, dataset_writer, ledger, portfolio_references
 from envs.costs import RUIN
+from envs.features import log_returns
 from envs.portfolio import RegimeGuard
 from envs.portfolio_tables import LONG_ONLY, PortfolioConfig, PortfolioData
 from envs.synthetic import load_market
@@ -132,7 +133,7 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
-    num_minibatches: int = 4
+    num_minibatches: int = 16
     """minibatches per epoch"""
     update_epochs: int = 1
     """passes over each rollout; where noise outweighs the signal, new bars teach more than old ones"""
@@ -152,8 +153,8 @@ class Args:
     """largest norm of the gradient"""
     target_kl: float | None = None
     """end an update once a minibatch's approximate KL exceeds this"""
-    reward_scale: float = 100.0
-    """factor on the rewards that the critic sees"""
+    reward_scale: float | None = None
+    """factor on the rewards that the critic sees (by default one over the standard deviation of the training bars' returns)"""
     eval_every: int = 20
     """iterations between two backtests on the validation split"""
     eval_episodes: int = 100
@@ -481,6 +482,8 @@ if __name__ == "__main__":
     is_market = args.env_id == MARKET_ENV
     if args.log_dataset and is_market:
         sys.exit(f"--log-dataset {args.log_dataset}: expected only with --env-id of Gymnasium; its data would need the agents")
+    if args.reward_scale is None and not is_market:
+        sys.exit("--reward-scale None: expected a number with --env-id of Gymnasium")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
     batch_size = args.num_envs * args.num_steps
     minibatch_size = batch_size // args.num_minibatches
@@ -534,6 +537,10 @@ if __name__ == "__main__":
         shape = dict(num_symbols=num_actions, outputs=1, own=own, acts=at["agent_acts"], target=at["agent_target"])
     agent = Agent(obs_size, hidden=args.hidden, log_std=args.log_std, **shape).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    reward_scale = args.reward_scale
+    if reward_scale is None:  # so that the critic has the same share of the gradient on every market
+        usable = np.concatenate([np.arange(*bounds) for bounds in splits["train"].ranges])
+        reward_scale = 1.0 / max(log_returns(panel)[usable][panel.present[usable]].std(), 1e-8)
     tuner = torch.optim.Adam(agents.parameters(), lr=args.finetune_rate, eps=1e-5, fused=True) if is_market else None
 
     # Storage on the host: the market kernels write observations straight into it
@@ -737,7 +744,7 @@ if __name__ == "__main__":
                 at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _ in finals]))
                 at_env = torch.as_tensor(np.concatenate([i for _, i, _ in finals]))
                 next_values[at_step, at_env] = agent.value(agent.encode(agent.norm(final_obs.to(device))))
-            deltas = args.reward_scale * rewards.to(device) - values[:-1]
+            deltas = reward_scale * rewards.to(device) - values[:-1]
             deltas += args.gamma * next_values * ~terminated.to(device)
             carry = args.gamma * args.gae_lambda * ~done.to(device)
             running = torch.zeros(args.num_envs, device=device)

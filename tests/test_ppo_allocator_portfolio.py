@@ -374,7 +374,7 @@ def test_agents_learn_in_the_last_part_only(agents, checkpoints, frozen, inside,
     for name, weight in kept[20]["agents"].items():
         learns = not name.startswith("norm.")
         assert torch.equal(weight, given[name]) == (not learns), name
-        assert not learns or (weight - given[name]).abs().max() < 4 * 4 * 0.001 * 1.01  # 4 minibatches of 4 iterations
+        assert not learns or (weight - given[name]).abs().max() < 16 * 4 * 0.001 * 1.01  # minibatches, iterations
     assert not torch.equal(kept[18]["agents"]["embed.weight"], kept[20]["agents"]["embed.weight"])
     assert_same_content(Run(frozen["run_dir"]).model["best_agents"], given)
     # a checkpoint amid it goes on with the same bits
