@@ -348,11 +348,11 @@ class Agent(nn.Module):
             return torch.ones((len(x), len(self.log_std)), dtype=torch.bool, device=x.device)
         return self.symbols(x)[:, :, self.target] > 0.0
 
-    def log_prob(self, mean, action, counts):
-        """(n,) log-density of those actions (n, A) that count, given the policy's mean; its standard deviation is the same for
-        all symbols. The others change nothing, and would add their noise to the gradient."""
+    def log_prob(self, mean, action, counts=1.0):
+        """(n,) log-density of those actions (n, A) that count, given the policy's mean, (n, A) or by symbol; its standard
+        deviation is the same for all symbols. The others change nothing, and would add their noise to the gradient."""
         log_std = self.log_std.repeat(self.num_symbols)
-        z = (action - mean) * (-log_std).exp()
+        z = (action - mean.flatten(1)) * (-log_std).exp()
         return ((-0.5 * z.square() - log_std - 0.5 * np.log(2 * np.pi)) * counts).sum(1)
 
     def entropy(self):
@@ -586,7 +586,10 @@ if __name__ == "__main__":
                 seen["obs"][at], seen["mask"][at] = observation[going], mask[going]
             return order
 
-        return ledger.backtest(markets, symbol_policy, panel, splits[split])
+        torch.set_num_threads(1)  # for a few rows at a time, waiting for threads costs more than they save
+        frame = ledger.backtest(markets, symbol_policy, panel, splits[split])
+        torch.set_num_threads(args.num_threads)
+        return frame
 
     said_at = slice(-len(SERIES), len(SAID) - len(SERIES))  # of a symbol's features
 

@@ -152,12 +152,13 @@ def transformer_agent(module, saved):
 
 
 def allocator_agent(module, saved):
-    """From a checkpoint of a market of 3 symbols."""
-    size, symbols, given = saved["obs"].shape[1], 3, len(PORTFOLIO)
-    each = len(ASSET_FEATURES) + len(module.SERIES)
-    own = [slice(0, symbols * each), slice(size - given - 2 * symbols, size - given - symbols)]
-    own.append(slice(size - given - symbols, size - given))
-    return module.Agent(size, symbols, 1, own, each - 1, each - 2, saved["args"]["hidden"], 0.0)
+    """From a checkpoint of a market of 3 symbols, or of another environment."""
+    size, hidden = saved["obs"].shape[1], saved["args"]["hidden"]
+    if saved["args"]["env_id"] != "Portfolio-v0":
+        return module.Agent(size, 1, len(saved["model"]["log_std"]), [slice(0, size)], None, None, hidden, 0.0)
+    each, drift = len(ASSET_FEATURES) + len(module.SERIES), size - len(PORTFOLIO) - 3
+    own = [slice(0, 3 * each), slice(drift - 3, drift), slice(drift, drift + 3)]
+    return module.Agent(size, 3, 1, own, each - 1, each - 2, hidden, 0.0)
 
 
 def grpo_agent(module, saved):
