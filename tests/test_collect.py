@@ -337,7 +337,7 @@ def test_what_agents_see_besides_prices_is_logged_too(tmp_path):
     plain = log(tmp_path / "a", "--market", str(tmp_path / "prices.csv"), *options)
     more = log(tmp_path / "b", "--market", str(tmp_path / "more.csv"), *options, "--columns", "forecast")
     sizes = {name: [len(found[name].meta["observation_mean"]) for found in (plain, more)] for name in plain}
-    assert np.diff(sizes["equal-weight__1"]) == 6 and np.diff(sizes["lead-lag-10__1"]) == 0
+    assert np.diff(sizes["equal-weight__1"]) == 6 and np.diff(sizes["lead-lag-10__1"]) == 6
     assert Task.of(more["equal-weight__1"]).data.features[-1] == "forecast"
     assert Task.of(more["lead-lag-10__1"]).panel.extras.keys() == {"forecast"}  # the panel of the hash
     for data in (*plain.values(), *more.values()):  # one history, so that times tell the splits apart
