@@ -16,6 +16,7 @@ from conftest import (
     assert_same_bits,
     make_env,
     ragged_panel,
+    ragged_with_series,
     random_actions,
     rollout,
     tampered,
@@ -321,11 +322,11 @@ def test_observation_blocks(encoder, size):
 
 @pytest.mark.parametrize("fill", FILLS)
 def test_nothing_seen_or_earned_depends_on_later_bars(fill):
-    """Every bar after t changed at random: with the same actions, all up to t keeps every bit.
+    """Every bar and series after t changed at random: with the same actions, all up to t keeps every bit.
 
     Of the step decided at t itself, the terms that describe its signal are known, and its order if it fills at once.
     """
-    panel, rng = ragged_panel(12), np.random.default_rng(4)
+    panel, rng = ragged_with_series(), np.random.default_rng(4)
     at_once = (
         "seen_obs",
         "seen_mask",
