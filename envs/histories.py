@@ -27,3 +27,9 @@ class Histories:
         for key, value in least.items():
             if not getattr(self, key) >= value:
                 raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected at least {value}")
+
+    def expect_inside(self, **bounds: tuple[float, float]):
+        """Raises ValueError naming the first key that is not between its bounds."""
+        for key, (low, high) in bounds.items():
+            if not low < getattr(self, key) < high:
+                raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected a number between {low} and {high}")

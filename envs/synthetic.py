@@ -191,8 +191,7 @@ class Noise(Histories):
 
     def __post_init__(self):
         Histories.__post_init__(self)
-        if not self.vol >= 0:
-            raise ValueError(f"synthetic market: vol={self.vol}: expected at least 0")
+        self.expect(vol=0)
 
     def draw(self, rng: np.random.Generator):
         overnight = self.vol * OVERNIGHT * rng.standard_normal((self.bars, self.assets))
@@ -257,8 +256,7 @@ class Merton(Histories):
 
     def __post_init__(self):
         Histories.__post_init__(self)
-        if not 0 < self.vol < 1:
-            raise ValueError(f"synthetic market: vol={self.vol}: expected a number between 0 and 1")
+        self.expect_inside(vol=(0, 1))
         if not -1 < self.drift < 1:
             raise ValueError(f"synthetic market: drift={self.drift}: expected a number between -1 and 1")
 
@@ -367,8 +365,7 @@ class OrnsteinUhlenbeck(Histories):
     def __post_init__(self):
         Histories.__post_init__(self)
         self.expect(half_life=0.5)
-        if not 0 < self.vol < 1:
-            raise ValueError(f"synthetic market: vol={self.vol}: expected a number between 0 and 1")
+        self.expect_inside(vol=(0, 1))
 
     def draw(self, rng: np.random.Generator):
         shape = (self.bars, self.assets)

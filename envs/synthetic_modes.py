@@ -49,8 +49,7 @@ class Modes(Histories):
     def __post_init__(self):
         Histories.__post_init__(self)
         self.expect(regime_bars=1, drift_bars=1, half_life=0.5, event_bars=1, quiet_bars=1, drift=0, reaction=0, tone_noise=0)
-        if not 0 < self.vol < 1:
-            raise ValueError(f"synthetic market: vol={self.vol}: expected a number between 0 and 1")
+        self.expect_inside(vol=(0, 1))
 
     def draw(self, rng: np.random.Generator):
         """Overnight and intraday log returns (bars, assets); the truth by name; extra series that agents see, by name."""
