@@ -521,6 +521,10 @@ if __name__ == "__main__":
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
             costs = load_costs(args.trading.costs)
             data = TradingData(with_consensus(panel, costs) if args.consensus else panel, args.trading)
+            # every split has a symbol to trade, or `runs` says so
+            number = {name: len(np.unique(data.runs(split)[:, 0])) for name, split in splits.items()}
+            if args.num_envs < number["train"]:
+                raise ValueError(f"--num-envs {args.num_envs}: expected at least {number['train']}, one for each symbol")
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"costs   {data.costs.describe()}")
             env_options = dict(

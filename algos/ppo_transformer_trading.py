@@ -399,6 +399,10 @@ if __name__ == "__main__":
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
             traded = shard_of(panel.symbols, args.shard)
             data = TradingData(panel, args.trading, traded)
+            # every split has a symbol to trade, or `runs` says so
+            number = {name: len(np.unique(data.runs(split)[:, 0])) for name, split in splits.items()}
+            if args.num_envs < number["train"]:
+                raise ValueError(f"--num-envs {args.num_envs}: expected at least {number['train']}, one for each symbol")
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"shard   {args.shard}: {len(traded)} of the symbols are traded")
             print(f"costs   {data.costs.describe()}")

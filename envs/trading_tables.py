@@ -208,7 +208,7 @@ class TradingData:
                         rows.append((j, r, usable[0], end))
         if not rows:
             raise ValueError(
-                f"panel {self.panel.name!r}, split {split.name!r}: none of its symbols has a bar to decide at; "
+                f"panel {self.panel.name!r}, split {split.name!r}: no symbol to trade has a bar to decide at; "
                 f"expected more than {WARMUP} bars from the listing of a symbol on"
             )
         return np.array(rows)

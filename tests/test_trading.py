@@ -851,7 +851,7 @@ def test_runs_begin_after_the_warm_up_and_end_with_the_symbol():
     assert shifted.reset(seed=0)[1]["symbol"].tolist() == [5, 0, 1]
     some = TradingData(panel, symbols=("R4", "R1"))
     assert make_env(some, 3, split=late).reset(seed=0)[1]["symbol"].tolist() == [4, 1, 4]
-    with pytest.raises(ValueError, match="split 'train': none of its symbols has a bar to decide at.*60 bars"):
+    with pytest.raises(ValueError, match="split 'train': no symbol to trade has a bar to decide at.*60 bars"):
         make_env(TradingData(panel, symbols=("R3",)), split=late)
 
 
