@@ -16,7 +16,7 @@ from scipy.stats import norm
 from envs.costs import parse_values
 from envs.files import load_panel
 from envs.histories import INTRADAY, OVERNIGHT, Histories
-from envs.mixed import is_mixed, mix, parse_mixed
+from envs.mixed import PREFIX, is_mixed, mix, parse_mixed
 from envs.panel import SPLIT_NAMES, Panel, PanelError
 from envs.randomisation import drawn_or_number, randomised
 from envs.resampled import is_resampled, resampled, source_of
@@ -467,7 +467,7 @@ def load_market(spec: str, seed: int = 0, **selection) -> Panel:
         source = load_market(market, seed, **selection)
         own = f"synthetic:{config.synthetic}:assets={source.num_symbols}:val=1:test=1:{options}".rstrip(":")
         # of a seed of its own: a synthetic source, or a prefix in it, would have the same training histories
-        other_seed = int(np.random.SeedSequence([seed, *spec.encode()]).generate_state(1)[0])
+        other_seed = int(np.random.SeedSequence([seed, spec.split(":").count(PREFIX)]).generate_state(1)[0])
         try:
             return mix(spec, source, make_panel(own, other_seed), config.share)
         except PanelError as error:

@@ -34,7 +34,7 @@ def mixed(real):
 
 
 def test_validation_and_test_are_those_of_the_market_alone(real, mixed):
-    """The same rows of the same history at the same cuts, features included: what is scored is comparable with the market's own."""
+    """The same rows of the same history at the same cuts, features included: scores compare with those on the market itself."""
     source = load_market(real)
     assert_same_bits(mixed.close[:900], source.close)
     assert_same_bits(mixed.timestamps[:900], source.timestamps)
@@ -63,7 +63,7 @@ def test_synthetic_histories_look_like_the_market(real, mixed):
 
 
 def test_joined_by_hand():
-    """Labelled sources keep their labels and their weight by bars; series are unknown on synthetic bars; only training counts."""
+    """Labelled sources keep their labels, with weights by bars; series are unknown on synthetic bars; only training counts."""
     source = replace(
         make_panel("synthetic:noise:bars=300:assets=2:train=2:val=1:test=1", 1), volume=None,
         extras={"own": np.ones((1200, 2)), "all": np.ones(1200)}, parameters={"x": np.arange(4.0)},
@@ -86,7 +86,7 @@ def test_joined_by_hand():
 @pytest.mark.parametrize("share", (0.1, 0.5, 0.8))
 @pytest.mark.parametrize("kind", (LeadLagData, PortfolioData, TradingData))
 def test_the_share_of_episodes_is_as_stated(real, share, kind):
-    """Whatever the lengths of histories, their warm-up and that of episodes; all synthetic histories and all windows come up."""
+    """Whatever the lengths of histories, warm-ups and episodes; all synthetic histories and all windows come up."""
     panel = load_market(f"mixed:{OPTIONS}:share={share}:{real}", 5)
     config = {LeadLagData: (replace(CONFIG, min_symbols=4),), TradingData: (TradingConfig(**TRADING),)}.get(kind, ())
     env = make_env(kind(panel, *config), 600, split=panel.split(**TERMS)["train"], episode_length=40)
@@ -125,6 +125,8 @@ def test_prefixes_nest(real):
     assert outer.segment_split == inner.segment_split and outer.split()["train"].weights is not None
     again = load_market(f"mixed:{OPTIONS}:mixed:{OPTIONS}:{real}", 2)
     assert again.parameters["synthetic"].tolist() == [0, 1, 1, 1, 1, 1, 1]
+    assert again.split()["train"].weights == pytest.approx([0.25, *[0.5 / 6] * 3, *[0.5 / 3] * 3])
+    assert not np.isin(again.close[900:2100], again.close[2100:]).any()
     made = load_market(f"bootstrap:train=2:val=1:paths=1:mixed:{OPTIONS}:{real}", 2)
     assert made.parameters == {} and made.split()["train"].weights is None
     crossed = load_market(f"crossed:mixed:{OPTIONS}:{real}", 2)
@@ -133,7 +135,7 @@ def test_prefixes_nest(real):
 
 def test_selection_reaches_the_market(real):
     made = load_market(f"mixed:{OPTIONS}:{real}", 2, symbols=("B", "C", "D", "F"), start="2011")
-    assert made.symbols == ("B", "C", "D", "F") and made.timestamps[0] == np.datetime64("2011-01-01")
+    assert made.symbols == ("B", "C", "D", "F") and made.timestamps[0] == np.datetime64("2011-01-02")
 
 
 def test_series_of_the_market_are_kept():
@@ -166,7 +168,6 @@ ERRORS = {
     "mixed:train=0:{}": "train=0: expected at least 1",
     "mixed:synthetic=black-scholes:{}": "assets=6: expected 1",
     "mixed:share=0.5": "no market to draw from, expected one at the end, such as mixed:share=0.5:sp500",
-    "mixed:nowhere": "'mixed[:key=value...]:<market>'",
 }
 
 
@@ -175,9 +176,12 @@ def test_what_is_wrong_with_a_specification_is_said(spec, real):
     spec = spec.format(real)
     with pytest.raises(PanelError) as error:
         load_market(spec)
-    assert ERRORS[spec.replace(real, "{}")] in str(error.value) and str(error.value).startswith(
-        ("--market " + spec, "'nowhere'")
-    )
+    assert ERRORS[spec.replace(real, "{}")] in str(error.value) and str(error.value).startswith(f"--market {spec}")
+
+
+def test_an_unknown_market_names_the_prefix_among_what_is_accepted():
+    with pytest.raises(PanelError, match=r"'nowhere'.*'mixed\[:key=value...\]:<market>'"):
+        load_market("mixed:nowhere")
 
 
 def test_a_source_of_several_histories_without_labels_is_refused(real):
