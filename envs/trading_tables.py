@@ -127,6 +127,7 @@ class TradingMarket(NamedTuple):
     symbol: np.ndarray  # (P,) int64: symbol of each run
     starts: np.ndarray  # (P,) its first row at which a decision can be taken
     stops: np.ndarray  # (P,) its end
+    weights: np.ndarray  # (P,) float64: relative probabilities of episodes to lie in it, or (0,): by its number of windows
     range_of: np.ndarray  # (P,) its range of the split
     first: np.ndarray  # (K + 1,): runs first[k] to first[k + 1] are those of the k-th symbol that can be traded
     order: np.ndarray  # (P,): all runs, range by range: market i runs run order[i] in a backtest
@@ -217,11 +218,12 @@ class TradingData:
         panel, runs = self.panel, self.runs(split)
         symbol = runs[:, 0]
         first = np.flatnonzero(np.append(True, symbol[1:] != symbol[:-1]))
+        odds = split.odds[runs[:, 1]] if len(split.odds) else split.odds
         return TradingMarket(
             *self.execution, self.costs.rates, FILLS.index(self.fill),
             *self.path, panel.present, self.day, panel.segments[panel.segment_of_row], self.windowed, self.regime, self.own,
             self.shared, self.sizing,
-            symbol.copy(), runs[:, 2].copy(), runs[:, 3].copy(), runs[:, 1].copy(), np.append(first, len(runs)),
+            symbol.copy(), runs[:, 2].copy(), runs[:, 3].copy(), odds, runs[:, 1].copy(), np.append(first, len(runs)),
             np.argsort(runs[:, 1], kind="stable"),
         )  # fmt: skip
 
