@@ -303,6 +303,10 @@ def test_maximum_holding_time(fill, bars):
 def test_a_forced_exit_waits_for_a_bar():
     steps = play([CALM, CALM, None, CALM, CALM], [BUY_LARGE, HOLD, HOLD, HOLD], max_holding=2)
     assert events(steps) == [NO_EVENT, NO_EVENT, NO_EVENT, MAX_HOLD]
+    bars = [CALM, (90,) * 4, None, None, (90,) * 4, (80,) * 4]
+    for limit, event in (({"daily_loss": 0.05}, DAILY_LOSS), ({"max_drawdown": 0.05}, BREAKER)):
+        steps = play(bars, [BUY_LARGE, *[HOLD] * 4], **limit)
+        assert events(steps) == [NO_EVENT] * 4 + [event] and steps[4][2] == 0.0, "though the day has passed"
 
 
 def test_additions_average_in_and_their_number_is_limited():
@@ -525,7 +529,7 @@ class SlowAccount:
         elif was or fill != "next_close":
             self.held += 1
         if self.day[t] != self.day[t + 1]:
-            self.yesterday, self.stopped = start, False
+            self.yesterday, self.stopped = start, self.stopped and self.shares > 0
         self.stopped |= c.daily_loss is not None and self.equity <= self.yesterday * (1 - c.daily_loss)
         if self.rest > 0:
             self.rest -= self.shares == 0
