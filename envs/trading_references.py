@@ -57,17 +57,18 @@ def thresholds(data: TradingData, split: Split, signal: np.ndarray, buy: float, 
 
 def references(data: TradingData, split: Split) -> dict[str, pd.DataFrame]:
     """Ledgers on `split` of `flat` and `buy and hold`, and on synthetic:ou of `threshold at 0`, which buys below the level and
-    sells above it, and `optimal band`, the best where a buy is all of the equity, and no exit or limit closes it. The last two
-    are told the true deviation.
+    sells above it, and, unless histories draw keys of their own, `optimal band`, the best where a buy is all of the equity, and no
+    exit or limit closes it. The last two are told the true deviation.
     """
     nothing = np.zeros(data.panel.close.shape)
     rules = {"flat": (nothing, -np.inf, np.inf), "buy and hold": (nothing, np.inf, np.inf)}
     hidden = data.panel.hidden
     if {"deviation", "half_life", "volatility"} <= set(hidden):
-        half_life, vol = (float(hidden[key].flat[0]) for key in ("half_life", "volatility"))
-        best = optimal_band(half_life, vol, data.costs, data.fill)
         rules["threshold at 0"] = (hidden["deviation"], 0.0, 0.0)
-        rules["optimal band"] = (hidden["deviation"], best.buy, best.sell)
+        if not data.panel.parameters:  # one band is best in all histories
+            half_life, vol = (float(hidden[key].flat[0]) for key in ("half_life", "volatility"))
+            best = optimal_band(half_life, vol, data.costs, data.fill)
+            rules["optimal band"] = (hidden["deviation"], best.buy, best.sell)
     return {name: run(data, split, thresholds(data, split, *rule)) for name, rule in rules.items()}
 
 

@@ -104,7 +104,7 @@ def test_ranges_come_up_by_their_weights(market):
     """Of a split whose ranges have weights; a task is still a task, and without random starts every range comes in turn."""
     data, options = market
     bars = data.panel.num_bars
-    ranges = data.panel.split()["train"].ranges if data.panel.segment_split else [[0, bars // 2], [bars // 2, bars]]
+    ranges = data.panel.split()["train"].ranges if data.panel.segment_split else [[0, bars * 3 // 4], [bars * 3 // 4, bars]]
     split = Split("train", ranges, [0.9, 0.1])
     env = make_env(data, 1000, **options | {"split": split, "episode_length": 5})
     second = env.reset(seed=1)[1]["row"] >= split.ranges[1, 0]
