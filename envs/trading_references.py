@@ -57,8 +57,8 @@ def thresholds(data: TradingData, split: Split, signal: np.ndarray, buy: float, 
 
 def references(data: TradingData, split: Split) -> dict[str, pd.DataFrame]:
     """Ledgers on `split` of `flat` and `buy and hold`, and on synthetic:ou of `threshold at 0`, which buys below the level and
-    sells above it, and, unless histories draw keys of their own, `optimal band`, the best where a buy is all of the equity, and no
-    exit or limit closes it. The last two are told the true deviation.
+    sells above it, and, unless histories draw keys of their own, `optimal band`, the best where a buy is all of the equity, and
+    no exit or limit closes it. The last two are told the true deviation.
     """
     nothing = np.zeros(data.panel.close.shape)
     rules = {"flat": (nothing, -np.inf, np.inf), "buy and hold": (nothing, np.inf, np.inf)}
