@@ -59,9 +59,7 @@ def _interval(scores: np.ndarray, seed: int) -> np.ndarray:
     if tasks == 1:
         return np.full((2, scores.shape[1]), np.nan)
     drawn = np.random.default_rng(seed).integers(tasks, size=(RESAMPLES, tasks))
-    low, high = np.quantile(scores[drawn].mean(axis=1), quantile_levels(tasks), axis=0)
-    missing = np.isnan(scores).any(axis=0)  # some draws would leave the missing task out
-    return np.where(missing, np.nan, [low, high])
+    return np.quantile(scores[drawn].mean(axis=1), quantile_levels(tasks), axis=0)  # NaN where any draw is
 
 
 def print_adaptation(report: dict):
