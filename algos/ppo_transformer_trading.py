@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import envs  # noqa: F401  (registers Trading-v0)
 from envs import dataset, dataset_writer, ledger, trades, trading_references
+from envs.costs import RUIN
 from envs.features import log_returns
 from envs.synthetic import load_market
 from envs.task import provenance
@@ -500,8 +501,9 @@ if __name__ == "__main__":
         """Ledger of every symbol, with a column `free`, and that of the book that gives all of them the same money."""
         free = []
         frame = trading_references.run(data, splits[split], make_policy(free), num_threads=args.num_threads)
-        steps = frame.groupby("market").size()
-        frame["free"] = np.concatenate([had[:n] for had, n in zip(np.transpose(free), steps)])
+        accounts = frame.groupby("market")["equity"]
+        had = np.concatenate([had[:n] for had, n in zip(np.transpose(free), accounts.size())])
+        frame["free"] = had & (accounts.shift(fill_value=1.0) > RUIN)  # a ruined account has nothing to choose from
         return frame, ledger.book(frame)
 
     def log_dataset(iteration):

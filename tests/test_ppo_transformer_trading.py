@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from conftest import run_python
 from scripts import SCRIPTS, Run, candles, prices
 
 from envs import ledger, trades, trading_references
+from envs.costs import RUIN
 from envs.trading import ADD, BUY_LARGE, HOLD, ORDERS, SELL_ALL
 from envs.trading_tables import TradingConfig, TradingData
 
@@ -207,6 +209,23 @@ def test_free_decisions_are_those_with_a_choice(script, inside):
     np.testing.assert_array_equal(found["free"], expected)
     assert 0.05 < (~expected).mean() < 0.95
     assert (found["action"][~found["free"]] == HOLD).all() and (found["gross_exposure"][~found["free"]] == 0).all()
+
+
+def test_a_ruined_account_has_no_choice(script, inside, monkeypatch):
+    """It stays in the ledger, where HOLD stands for what it can no longer order; that is no policy that has given up."""
+    g = inside(*script.short, "--total-timesteps", "1024")
+    start, stop = g["splits"]["val"].ranges[0]
+    fields = {name: values.copy() for name, values in g["panel"].fields.items()}
+    for values in fields.values():
+        values[start + 150 : stop] *= 0.01
+    with torch.no_grad():
+        g["agent"].actor[4].weight.zero_()
+        g["agent"].actor[4].bias.copy_(9.0 * (torch.arange(len(ORDERS)) == BUY_LARGE))
+    crashed = TradingData(replace(g["panel"], **fields), g["data"].config)
+    monkeypatch.setitem(g["make_policy"].__globals__, "data", crashed)
+    frame = g["backtest"]("val")[0]
+    over = (frame["equity"] <= RUIN) & (frame["equity"].shift() <= RUIN)
+    assert over.sum() > 300 and not frame["free"][over].any() and frame["free"][~over].all()
 
 
 def planted(g, choose, free=None):
