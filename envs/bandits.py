@@ -14,7 +14,7 @@ from numba import njit
 
 from envs.vector import mix64, uniform
 
-TRAINING_TASKS = 1_000_000  # tasks below are for training, those from here up are held out
+HELD_OUT = 1_000_000  # the first held-out task; those below are for training
 
 
 @njit(cache=True, error_model="numpy")
@@ -107,7 +107,7 @@ class BanditsVectorEnv(gym.vector.VectorEnv):
         """(obs, infos) of the next episode of every bandit."""
         tasks, drawn = self._tasks.copy(), np.flatnonzero(self._tasks < 0)
         counters = self._counters[drawn]
-        tasks[drawn] = draw(self._keys[drawn], counters) * TRAINING_TASKS
+        tasks[drawn] = draw(self._keys[drawn], counters) * HELD_OUT
         self._counters[drawn] = counters
         self._probabilities = probabilities_of(tasks.astype(np.uint64), self.arms)
         return np.zeros((self.num_envs, 1), np.float32), self._infos()
