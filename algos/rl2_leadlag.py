@@ -1,4 +1,4 @@
-"""RL^2 (Duan et al. 2016): PPO whose LSTM or GRU remembers across the episodes of a task, and so adapts to it without updates."""
+"""RL^2 (Duan et al. 2016): PPO with an LSTM or GRU that remembers across the episodes of a task, and so adapts to it."""
 
 import argparse
 import dataclasses
@@ -62,8 +62,8 @@ class Args:
     checkpoint_every: int = 20
     """iterations between two checkpoints (model.pt)"""
     env_id: str = MARKET_ENV
-    """LeadLag-v0; Bandits-v0, the test task; or any Gymnasium id with vector observations and discrete actions: one task, unless
-    its reset takes options={"tasks": integers}"""
+    """LeadLag-v0; Bandits-v0, the test task; or any Gymnasium id with vector observations and discrete actions, which is one
+    task, unless its reset takes options={"tasks": integers}"""
     market: str = "synthetic:hidden:news=0:regime_bars=1e9:bars=1000:train=100:val=20:test=40"
     """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]; with the prefix shuffled:,
     bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py); each history of it is a task"""
@@ -289,12 +289,12 @@ class Player:
         self.before = self.agent.experience(self.action, self.reward_scale * reward, over)
 
 
-def play(envs, player, obs, infos, steps):
+def play(markets, player, obs, infos, steps):
     """Let the player go on from (obs, infos) of a reset or of a step: (obs, infos, rewards, terminated, over), the last three
     (steps, n)."""
     rewards, terminated, over = [], [], []
     for _ in range(steps):
-        obs, reward, term, trunc, infos = envs.step(player(obs, infos.get("action_mask")))
+        obs, reward, term, trunc, infos = markets.step(player(obs, infos.get("action_mask")))
         player.after(reward, term | trunc)
         rewards.append(reward), terminated.append(term), over.append(term | trunc)
     return obs, infos, np.stack(rewards), np.stack(terminated), np.stack(over)
@@ -442,10 +442,8 @@ if __name__ == "__main__":
     def adapted(split):
         """A player that has been through some episodes of what each range of the split has to adapt on."""
         tasks = np.arange(len(splits[split].ranges))
-        player, markets = (
-            Player(agent, len(tasks), args.reward_scale, args.seed),
-            make_envs(args, data, adapting[split], len(tasks)),
-        )
+        player = Player(agent, len(tasks), args.reward_scale, args.seed)
+        markets = make_envs(args, data, adapting[split], len(tasks))
         play(markets, player, *markets.reset(seed=args.seed, options={"tasks": tasks}), (STAGES - 1) * args.episode_length)
         return player
 
@@ -534,7 +532,7 @@ if __name__ == "__main__":
         recent_returns = (recent_returns + finished_returns)[-100:]
 
         # Advantages, across the trial: the value of a step is what the rest of the trial earns, in later episodes too, which
-        # begin with all that was learned in this one. The trial is a window as its last episode is: V of that episode's own last
+        # begin with all that was learned in this one. The trial ends as its last episode does: V of that episode's own last
         # observation is bootstrapped where it was cut, not where it terminated.
         with torch.no_grad():
             following = obs[-1].clone()

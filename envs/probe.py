@@ -9,8 +9,8 @@ def linear_probe(memory: np.ndarray, truth: np.ndarray, held_memory: np.ndarray,
     """Ridge regression of a truth on memories, fitted on some tasks and scored on others.
 
     memory (n, H) and truth (n,) are fitted, held_memory (m, H) and held_truth (m,) scored. Of floats: R^2, the share of the
-    variance around the mean of what was fitted that is explained (0: nothing; below 0: worse than that mean). Of integers, which
-    are labels: accuracy, the share whose label has the largest of one regression each (Hastie, Tibshirani & Friedman 2009,
+    variance around the mean of what was fitted that is explained (0: nothing; below 0: worse than that mean). Of integers, that
+    is labels: accuracy, the share whose label has the largest of one regression each (Hastie, Tibshirani & Friedman 2009,
     section 4.2). NaN where the truth does not vary among those scored, so that there is nothing to explain, or is not finite.
 
     Raises ValueError naming the argument whose shape does not fit.
