@@ -536,8 +536,8 @@ if __name__ == "__main__":
         # observation is bootstrapped where it was cut, not where it terminated.
         with torch.no_grad():
             following = obs[-1].clone()
-            if trunc.any():
-                following[torch.as_tensor(trunc)] = flat(np.stack(infos["final_obs"][trunc]))
+            if over.any():
+                following[torch.as_tensor(over)] = flat(np.stack(infos["final_obs"][over]))
             before[:, -1] = 0.0  # the episode goes on
             x[-1] = agent.see(following.to(device), before)
             features[-1], _ = agent.remember(x[-1:], state)
@@ -658,8 +658,8 @@ if __name__ == "__main__":
         ledger.write_json(run_dir / "run.json", run)
         sys.exit(f"{failure}; the last good checkpoint, if any, is in {run_dir}")
     agent.load_state_dict(best_model)
-    returns, completed, memories, truth = adaptation("test")
-    run["adaptation"] = adaptation_report(returns, returns[:, 0], completed, args.seed)  # unadapted: the memory is blank
+    by_stage, completed, memories, truth = adaptation("test")
+    run["adaptation"] = adaptation_report(by_stage, by_stage[:, 0], completed, args.seed)  # unadapted: the memory is blank
     _, _, others, other_truth = adaptation("val")
     run["probe"] = {
         name: [linear_probe(others[stage], other_truth[name], memories[stage], truth[name]) for stage in range(STAGES)]

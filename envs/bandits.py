@@ -94,7 +94,7 @@ class BanditsVectorEnv(gym.vector.VectorEnv):
         if not self._ready:
             raise gym.error.ResetNeeded("call reset() before step()")
         actions = np.asarray(actions)
-        if not self.action_space.contains(actions.astype(np.int64, casting="safe")):
+        if actions.dtype.kind not in "iu" or not self.action_space.contains(actions.astype(np.int64)):
             raise ValueError(f"actions: {actions!r}: expected {self.num_envs} integers in 0..{self.arms - 1}")
         pays = self._probabilities[np.arange(self.num_envs), actions]
         reward = (draw(self._keys, self._counters) < pays).astype(np.float32)
