@@ -30,7 +30,7 @@ from envs.bandits import HELD_OUT
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.probe import linear_probe
 from envs.synthetic import load_market
-from envs.tasks import halves
+from envs.tasks import TASK_SETS, halves
 
 MARKET_ENV = "LeadLag-v0"
 SPLITS = ("train", "val", "test")
@@ -64,8 +64,8 @@ class Args:
     env_id: str = MARKET_ENV
     """LeadLag-v0; Bandits-v0, the test task; or any Gymnasium id with vector observations and discrete actions, which is one
     task, unless its reset takes options={"tasks": integers}"""
-    market: str = "synthetic:hidden:news=0:regime_bars=1e9:bars=1000:train=100:val=20:test=40"
-    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]; with the prefix shuffled:,
+    market: str = TASK_SETS["bull-bear"]
+    """a set of tasks (bull-bear, mixed or planted-lag: envs/tasks.py), sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]; with the prefix shuffled:,
     bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py); each history of it is a task"""
     symbols: tuple[str, ...] = ()
     """symbols of the market to keep (all by default)"""
@@ -98,7 +98,7 @@ class Args:
     adapt_share: float = 0.5
     """share of each history, from its start, that backtests adapt on; the rest is what they score"""
 
-    total_timesteps: int = 4_000_000
+    total_timesteps: int = 2_000_000
     """steps of all markets together"""
     memory: Literal["lstm", "gru"] = "gru"
     """what remembers"""
@@ -134,7 +134,7 @@ class Args:
     """end an update once a minibatch's approximate KL exceeds this"""
     reward_scale: float = 100.0
     """factor on the rewards that memory and critic see"""
-    eval_every: int = 20
+    eval_every: int = 5
     """iterations between two backtests on the validation split (with --env-id: trials of validation tasks)"""
     eval_episodes: int = 10
     """episodes that score each stage of adaptation to a held-out task; all stages the same ones"""
@@ -146,7 +146,7 @@ class Args:
 
 # What changes for --env-id: trials of ten pulls of a bandit, as in Duan et al. (2016).
 TEST_TASK = dict(
-    total_timesteps=3_000_000, episodes=10, episode_length=1, num_envs=1000, gamma=0.99, gae_lambda=0.3, update_epochs=4,
+    total_timesteps=1_500_000, episodes=10, episode_length=1, num_envs=1000, gamma=0.99, gae_lambda=0.3, update_epochs=4,
     reward_scale=1.0, num_threads=1, eval_episodes=1,
 )  # fmt: skip
 
@@ -363,8 +363,9 @@ if __name__ == "__main__":
     data, splits, adapting, scored = None, dict.fromkeys(SPLITS), {}, {}
     try:
         if is_market:
+            market = TASK_SETS.get(args.market, args.market)
             panel = load_market(
-                args.market, args.seed, symbols=args.symbols or None, start=args.start, end=args.end, resample=args.resample
+                market, args.seed, symbols=args.symbols or None, start=args.start, end=args.end, resample=args.resample
             )
             if args.folds:
                 if not 0 <= args.fold < args.folds:
