@@ -65,8 +65,9 @@ class Args:
     """LeadLag-v0; Bandits-v0, the test task; or any Gymnasium id with vector observations and discrete actions, which is one
     task, unless its reset takes options={"tasks": integers}"""
     market: str = TASK_SETS["bull-bear"]
-    """a set of tasks (bull-bear, mixed or planted-lag: envs/tasks.py), sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]; with the prefix shuffled:,
-    bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py); each history of it is a task"""
+    """a set of tasks (bull-bear, mixed or planted-lag: envs/tasks.py), sp500, a CSV or Parquet file, a folder of CSVs, or
+    synthetic:<name>[:key=value...]; with the prefix shuffled:, bootstrap:[key=value:...] or crossed:, one made of it from the
+    seed (envs/resampled.py); each history of it is a task"""
     symbols: tuple[str, ...] = ()
     """symbols of the market to keep (all by default)"""
     start: str | None = None
