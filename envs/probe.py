@@ -2,7 +2,7 @@
 
 import numpy as np
 
-RIDGE = 1e-2  # penalty on the squared weights of standardised features, for each row that is fitted
+RIDGE = 0.1  # penalty on the squared weights of standardised features, for each row that is fitted
 
 
 def linear_probe(memory: np.ndarray, truth: np.ndarray, held_memory: np.ndarray, held_truth: np.ndarray) -> float:

@@ -300,6 +300,29 @@ def test_each_stage_has_been_through_one_more_episode(script, inside, monkeypatc
     assert len(np.unique(returns[0])) > 1
 
 
+def test_what_is_scored_begins_with_an_end_unless_the_memory_is_blank(script, inside, monkeypatch):
+    """As the later episodes of a trial do in training. In the order of their first steps: the first to be scored, the one whose
+    memory is filled, and those that are scored with a copy of it."""
+    g, ends = inside(*script.short, "--total-timesteps", "1024"), []
+
+    class Watched(script.module.Player):
+        def __call__(self, obs, mask, rows=None):
+            if not hasattr(self, "action"):
+                ends.append(self.before[:, -1].unique().tolist())
+            return super().__call__(obs, mask, rows)
+
+    monkeypatch.setitem(g["adaptation"].__globals__, "Player", Watched)
+    g["adaptation"]("val")
+    assert ends == [[0.0], [0.0], [1.0], [1.0], [1.0]]
+
+
+def test_who_is_ruined_has_not_completed(script, inside):
+    """Costs of half of what is traded: a few bars leave nothing."""
+    options = ["--costs", "zero:commission_bps=5000", "--episode-length", "24", "--total-timesteps", "3072"]
+    run = Run(inside(*script.short, *options)["run_dir"]).json
+    assert run["status"] == "finished" and run["adaptation"]["completion"] == 0.0
+
+
 def test_backtests_carry_a_memory_of_the_first_part_into_the_second(script, inside):
     g = inside(*script.short, "--total-timesteps", "3072")
     player = g["adapted"]("test")
@@ -368,7 +391,7 @@ def test_any_gymnasium_id_with_discrete_actions(inside, complaint):
     g = inside("--env-id", "CartPole-v1", "--episodes", "2", "--episode-length", "30", "--num-envs", "8", "--eval-tasks", "5",
                "--total-timesteps", "960", "--num-minibatches", "2")  # fmt: skip
     run = Run(g["run_dir"]).json
-    assert run["status"] == "finished" and 8 < run["adaptation"]["stages"][0]["mean"] < 31 and run["probe"] == {}
+    assert run["status"] == "finished" and 8 < run["adaptation"]["stages"][0]["mean"] < 28 and run["probe"] == {}
     assert run["args"] == json.loads(json.dumps(dataclasses.asdict(g["args"])))
     assert run["args"]["gae_lambda"] == 0.3  # that of a test task
 
