@@ -16,6 +16,7 @@ from scipy.stats import norm
 from envs.costs import parse_values
 from envs.files import load_panel
 from envs.histories import INTRADAY, OVERNIGHT, Histories
+from envs.mixed import PREFIX, is_mixed, mix, parse_mixed
 from envs.panel import SPLIT_NAMES, Panel, PanelError
 from envs.randomisation import drawn_or_number, randomised
 from envs.resampled import is_resampled, resampled, source_of
@@ -456,11 +457,21 @@ def make_panel(spec: str, seed: int = 0) -> Panel:
 
 def load_market(spec: str, seed: int = 0, **selection) -> Panel:
     """The panel that `--market` names: a synthetic one drawn from `seed`, any that `load_panel` reads, or one made of
-    another market by a prefix (`envs/resampled.py`), drawn from `seed` too.
+    another market by a prefix (`envs/resampled.py`, `envs/mixed.py`), drawn from `seed` too.
 
     `selection` (symbols, start, columns, ...) is passed on to `load_panel`, by a prefix to its market; a synthetic market
     takes none of it, but for series_lag, which says nothing by itself. Raises PanelError as these do.
     """
+    if is_mixed(spec):
+        config, options, market = parse_mixed(spec)
+        source = load_market(market, seed, **selection)
+        own = f"synthetic:{config.synthetic}:assets={source.num_symbols}:val=1:test=1:{options}".rstrip(":")
+        # of a seed of its own: a synthetic source, or a prefix in it, would have the same training histories
+        other_seed = int(np.random.SeedSequence([seed, spec.split(":").count(PREFIX)]).generate_state(1)[0])
+        try:
+            return mix(spec, source, make_panel(own, other_seed), config.share)
+        except PanelError as error:
+            raise PanelError(f"--market {spec}: {error}") from None
     if is_resampled(spec):
         return resampled(spec, load_market(source_of(spec), seed, **selection), seed)
     if not spec.startswith("synthetic:"):
@@ -473,4 +484,4 @@ def load_market(spec: str, seed: int = 0, **selection) -> Panel:
 
 def drawn_from_seed(spec: str) -> bool:
     """Whether every seed has prices of its own on the market `spec`: what `load_market` does not simply read."""
-    return spec.startswith("synthetic:") or is_resampled(spec)
+    return spec.startswith("synthetic:") or is_resampled(spec) or is_mixed(spec)

@@ -188,7 +188,9 @@ def reset_one(i, m, p, state, memory, mask, obs):
     else:
         begin = m.order[number % len(m.order)]
         end = begin + 1
-    begin_episode(i, m.starts[begin:end], m.stops[begin:end], p.episode_length, p.random_start, s)
+    begin_episode(
+        i, m.starts[begin:end], m.stops[begin:end], m.weights[begin:end], p.episode_length, p.random_start, s
+    )  # fmt: skip
     s.symbol = m.symbol[begin]
     s.held = 0
     s.adds = 0
