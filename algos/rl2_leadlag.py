@@ -465,7 +465,7 @@ if __name__ == "__main__":
 
     def adaptation(split):
         """Of held-out tasks after 0, 1, 2, 3 episodes of memory: the mean return of an episode (tasks, STAGES), whether all
-        were completed; memories (STAGES, n, H); and name -> (n,) what is true of their tasks."""
+        were completed; memories (STAGES, n, H), the last experience included; and name -> (n,) what is true of their tasks."""
         tasks = np.arange(len(splits[split].ranges)) if is_market else held_out(split)
         n = len(tasks) * args.eval_episodes
         options, shape = {"tasks": np.repeat(tasks, args.eval_episodes)}, (len(tasks), args.eval_episodes)
@@ -480,7 +480,7 @@ if __name__ == "__main__":
         for stage in range(STAGES):
             if stage:
                 *now, _, _, _ = play(trials, player, *now, args.episode_length)
-            memories.append(player.state.transpose(0, 1).flatten(1).cpu().numpy())
+            memories.append(torch.cat([player.state.transpose(0, 1).flatten(1), player.before], dim=1).cpu().numpy())
             guest = Player(agent, n, args.reward_scale, args.seed)  # the same random numbers at every stage
             guest.state, guest.before = player.state, player.before.clone()
             guest.before[:, -1] = float(stage > 0)  # an episode ended before this one, unless the memory is blank
