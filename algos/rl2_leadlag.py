@@ -304,8 +304,10 @@ def play(markets, player, obs, infos, steps):
 def make_envs(args, data, split, num_envs):
     """Environments: markets on a split, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
     if args.env_id != MARKET_ENV:
-        if gym.spec(args.env_id).vector_entry_point is not None:
-            return gym.make_vec(args.env_id, num_envs, vectorization_mode="vector_entry_point")
+        if gym.spec(args.env_id).vector_entry_point is not None:  # those that know tasks, unlike CartPole-v1's
+            own = gym.make_vec(args.env_id, num_envs, vectorization_mode="vector_entry_point")
+            if own.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP:
+                return own
         return gym.make_vec(
             args.env_id, num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
         )

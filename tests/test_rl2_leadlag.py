@@ -317,8 +317,8 @@ def test_what_is_scored_begins_with_an_end_unless_the_memory_is_blank(script, in
 
 
 def test_who_is_ruined_has_not_completed(script, inside):
-    """Costs of half of what is traded: a few bars leave nothing."""
-    options = ["--costs", "zero:commission_bps=5000", "--episode-length", "24", "--total-timesteps", "3072"]
+    """Costs of nearly half of what is traded: a few bars leave nothing."""
+    options = ["--costs", "zero:commission_bps=4900", "--episode-length", "24", "--total-timesteps", "3072"]
     run = Run(inside(*script.short, *options)["run_dir"]).json
     assert run["status"] == "finished" and run["adaptation"]["completion"] == 0.0
 
