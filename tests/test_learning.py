@@ -83,7 +83,7 @@ def test_a_memory_learns_to_explore_bandits(tmp_path, seed):
 def test_a_memory_of_earlier_episodes_is_worth_something_on_held_out_tasks(tmp_path, tasks, seed):
     run = train(RL2, tmp_path, "--market", tasks, "--seed", str(seed))
     assert run["adaptation"]["transfer_gain"]["low"] > 0 and run["adaptation"]["completion"] >= 0.98
-    assert run["probe"]["regime"][3] > 0.8
+    assert run["probe"]["regime"][3] > 0.7
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
