@@ -28,100 +28,119 @@ class Navigation2DVectorEnv(gym.vector.VectorEnv):
 
     A point starts at the origin and moves by its action (2,), of which what exceeds `REACH` on an axis is cut off. It sees where it
     is, (2,) float32, and earns minus its distance from the goal after the move. Near the goal the episode terminates, after
-    `HORIZON` steps it is truncated; SAME_STEP autoreset, with `infos["final_obs"]`. `infos["task"]` (n,) int64 says which task
-    each point has, at the observation that comes with it. Nothing else is random.
+    `HORIZON` steps it is truncated; autoreset is SAME_STEP, as in envs/vector.py. Nothing but the task is random.
+    infos["parameters"] holds the goal that the next move is to come near: "goal_x" and "goal_y" (n,).
+    Raises ValueError for fewer than one point.
     """
-
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(self, num_envs: int = 1):
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}: expected at least 1")
         self.num_envs = num_envs
+        self.metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
         self.single_action_space = gym.spaces.Box(-REACH, REACH, (2,), np.float32)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-        self._tasks = np.full(num_envs, -1)  # asked for; -1: another one for every episode
-        self._task = np.zeros(num_envs, np.int64)  # of the present episode
+        self._seeds, self._drawn = np.zeros(num_envs, np.int64), np.zeros(num_envs, np.int64)  # drawn: tasks so far
+        self._tasks = np.full(num_envs, -1)  # -1: a training task drawn for every episode
         self._goal, self._position = np.zeros((num_envs, 2)), np.zeros((num_envs, 2))
         self._length = np.zeros(num_envs, np.int64)
         self._ready = False
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        """Start a new episode everywhere; returns (obs (n, 2) float32, infos).
+    def reset(self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None):
+        """Start an episode of every point; returns (obs (n, 2) float32, infos).
 
-        options["tasks"]: (n,) integers, the task that each point keeps from now on; -1, also at first: in every episode another
-        one of the `TRAINING_TASKS`, drawn from `seed`. Raises ValueError for tasks of another shape or kind.
+        Point i draws from the seed `seed + i`, or `seed[i]` of a list; without a seed it goes on with its stream (the first time:
+        from a random seed). options: {"tasks": (n,) integers}: from now on every episode of point i is of task tasks[i], the
+        same goal whatever the seed, or of a training task drawn anew where it is -1, as at first.
+        Raises ValueError for other options, for integers below -1, and for seeds below 0 or of another number.
         """
-        super().reset(seed=seed)
-        if options and "tasks" in options:
+        options = options or {}
+        if set(options) - {"tasks"}:
+            raise ValueError(f"options: {sorted(options)}: expected only tasks")
+        if "tasks" in options:
             tasks = np.asarray(options["tasks"])
             if tasks.shape != (self.num_envs,) or tasks.dtype.kind not in "iu" or tasks.min() < -1:
-                raise ValueError(
-                    f"options['tasks']: {tasks.dtype}{tasks.shape}: expected {self.num_envs} integers, tasks from 0 up or -1 for any"
-                )
+                raise ValueError(f"tasks={options['tasks']!r}: expected {self.num_envs} integers from -1 up")
             self._tasks = tasks.astype(np.int64)
-        self._begin(np.arange(self.num_envs))
+            for task in np.unique(self._tasks[self._tasks >= 0]):
+                self._goal[self._tasks == task] = goal_of(task)
+        if seed is None and not self._ready:
+            seed = int(np.random.SeedSequence().entropy % 2**62)
+        if seed is not None:
+            seeds = np.arange(self.num_envs) + seed if np.ndim(seed) == 0 else np.asarray(seed)
+            if seeds.shape != (self.num_envs,) or seeds.min() < 0:
+                raise ValueError(f"seed={seed!r}: expected an integer >= 0 or a list of {self.num_envs} of them")
+            self._seeds[:], self._drawn[:] = seeds, 0
         self._ready = True
-        return self._position.astype(np.float32), {"task": self._task.copy()}
-
-    def _begin(self, points: np.ndarray):
-        """A new episode of some points."""
-        wanted = self._tasks[points]
-        drawn = self.np_random.integers(TRAINING_TASKS, size=(wanted < 0).sum())
-        wanted[wanted < 0] = drawn
-        changed = (wanted != self._task[points]) | ~self._ready
-        known = {task: goal_of(task) for task in np.unique(wanted[changed])}
-        for point, task in zip(points[changed], wanted[changed]):
-            self._goal[point] = known[task]
-        self._task[points], self._position[points], self._length[points] = wanted, 0.0, 0
+        self._begin(np.arange(self.num_envs))
+        return self._position.astype(np.float32), self._infos()
 
     def step(self, actions: np.ndarray):
-        """One move of every point: (obs, reward (n,) float32, terminated, truncated, infos), all the caller's own.
+        """One move of every point, actions (n, 2): (obs, reward (n,) float32, terminated, truncated, infos), the caller's own.
 
-        Raises ValueError for actions that are not (n, 2) finite numbers.
+        Raises ValueError for actions of another shape or not finite, ResetNeeded before the first reset.
         """
         if not self._ready:
             raise gym.error.ResetNeeded("call reset() before step()")
         actions = np.asarray(actions, dtype=np.float64)
-        if actions.shape != (self.num_envs, 2) or not np.isfinite(actions).all():
-            raise ValueError(f"actions: shape {actions.shape}: expected {(self.num_envs, 2)}, finite numbers")
+        if actions.shape != self.action_space.shape or not np.isfinite(actions).all():
+            raise ValueError(f"actions: shape {actions.shape}: expected {self.action_space.shape}, finite numbers")
         self._position += actions.clip(-REACH, REACH)
         self._length += 1
         offset = self._position - self._goal
         reward = -np.hypot(offset[:, 0], offset[:, 1]).astype(np.float32)
         terminated = (np.abs(offset) < NEAR).all(axis=1)
         truncated = ~terminated & (self._length >= HORIZON)
-        done, infos = terminated | truncated, {}
+        done, ended = terminated | truncated, {}
         if done.any():
-            infos = {"final_obs": self._position.astype(np.float32), "_final_obs": done}
+            ended = {"final_obs": self._position.astype(np.float32), "_final_obs": done}
             self._begin(np.flatnonzero(done))
-        return self._position.astype(np.float32), reward, terminated, truncated, {"task": self._task.copy(), **infos}
+        return self._position.astype(np.float32), reward, terminated, truncated, {**self._infos(), **ended}
+
+    def _begin(self, points: np.ndarray):
+        """A new episode of some points (m,)."""
+        self._position[points], self._length[points] = 0.0, 0
+        for i in points[self._tasks[points] < 0]:  # each from a stream of its own, whatever other points there are
+            self._goal[i] = goal_of(np.random.default_rng([self._seeds[i], self._drawn[i]]).integers(TRAINING_TASKS))
+            self._drawn[i] += 1
+
+    def _infos(self):
+        return {"parameters": {"goal_x": self._goal[:, 0].copy(), "goal_y": self._goal[:, 1].copy()}}
 
 
 class Navigation2DEnv(gym.Env):
-    """`gym.make("Navigation2D-v0")`: one point; `reset` takes options["tasks"] too, one integer or a sequence of one."""
+    """`gym.make("Navigation2D-v0")`: one point, over the same code; `reset` takes the same options."""
 
     metadata = {"render_modes": []}
 
-    def __init__(self, render_mode: None = None):
+    def __init__(self, render_mode: str | None = None):
         if render_mode is not None:
-            raise ValueError(f"render_mode={render_mode!r}: expected None")
+            raise ValueError(f"render_mode={render_mode!r}: expected None; what there is to see is the observation")
         self.render_mode = None
         self.vector = Navigation2DVectorEnv(1)
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
+        self._fresh = None  # what autoreset has prepared for the next reset()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         super().reset(seed=seed)
-        if options and "tasks" in options:
-            options = {**options, "tasks": np.atleast_1d(options["tasks"])}
-        obs, infos = self.vector.reset(seed=seed, options=options)
-        return obs[0], {"task": infos["task"][0]}
+        if seed is None and not self.vector._ready:
+            seed = int(self.np_random.integers(2**62))
+        if seed is not None or options or self._fresh is None:
+            self._fresh = self.vector.reset(seed=seed, options=options)
+        (obs, infos), self._fresh = self._fresh, None
+        return obs[0], self._first(infos)
 
     def step(self, action: np.ndarray):
-        task = self.vector._task[0]
+        sought = self.vector._infos()
         obs, reward, terminated, truncated, infos = self.vector.step(np.asarray(action)[None])
-        last = infos["final_obs"][0] if terminated[0] or truncated[0] else obs[0]
-        return last, float(reward[0]), bool(terminated[0]), bool(truncated[0]), {"task": task}
+        over = bool(terminated[0] or truncated[0])
+        self._fresh = (obs, infos) if over else None
+        last = infos["final_obs"][0] if over else obs[0]
+        return last, float(reward[0]), bool(terminated[0]), bool(truncated[0]), self._first(sought)
+
+    @staticmethod
+    def _first(infos):
+        return {"parameters": {name: values[0] for name, values in infos["parameters"].items()}}
