@@ -421,6 +421,7 @@ class TradingVectorEnv(MarketVectorEnv):
 
     component_names = COMPONENTS
     ledger_columns = ("event", "masked")
+    takes_tasks = False
     _reset_loops = (reset_serial, reset_parallel)
     _step_loops = (step_serial, step_parallel)
 

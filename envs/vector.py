@@ -27,6 +27,8 @@ STATE = [
     ("counter", np.uint64),  # random numbers drawn so far
     ("t", np.int64),  # row of the panel: the last bar that has closed
     ("stop", np.int64),  # the episode is truncated when t reaches stop - 1
+    ("task", np.int64),  # range of the split that the episodes are windows of; -1: any
+    ("range", np.int64),  # range that this episode is a window of
     ("length", np.int64),  # steps in this episode
     ("equity", np.float64),  # 1 at the start of an episode
     ("peak", np.float64),  # running maximum of equity, its start included
@@ -61,22 +63,27 @@ def uniform(key, counter):
 def begin_episode(i, starts, stops, episode_length, random_start, s):
     """Put market i's state `s` at the start of a random window of a split, or, without random_start, of range i modulo R.
 
-    starts, stops (R,): first row at which a decision can be taken, and end, of each range.
+    starts, stops (R,): first row at which a decision can be taken, and end, of each range. A task, s.task >= 0, is the one
+    range that comes into question, with random_start or without.
     """
     ranges = len(starts)
     r, pick = i % ranges, 0
+    first, end = 0, ranges
+    if s.task >= 0:
+        r, first, end = s.task, s.task, s.task + 1
     if random_start:
         shortest = max(1, episode_length)
         total = 0
-        for q in range(ranges):
+        for q in range(first, end):
             total += max(1, stops[q] - starts[q] - shortest)
         pick = int(uniform(s.key, s.counter) * total)
         s.counter += np.uint64(1)
-        for r in range(ranges):
+        for r in range(first, end):
             choices = max(1, stops[r] - starts[r] - shortest)
             if pick < choices:
                 break
             pick -= choices
+    s.range = r
     s.t = starts[r] + pick
     s.stop = stops[r]
     if episode_length > 0:
@@ -147,6 +154,7 @@ class MarketVectorEnv(gym.vector.VectorEnv):
 
     component_names: tuple[str, ...] = ("log_growth",)
     ledger_columns: tuple[str, ...] = ()  # components that a backtest keeps in its ledger
+    takes_tasks = True  # whether an episode can be confined to a range of the split
     _reset_loops: tuple
     _step_loops: tuple
     _market: tuple
@@ -190,6 +198,7 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         # arrays are not reference-counted.
         self.parallel = num_envs >= PARALLEL_FROM
         self._state = np.zeros(num_envs, dtype=STATE + extra_state).view(np.recarray)
+        self._state.task = -1
         self._memory = np.zeros((num_envs, memory_size))
         self._buffers = Buffers(
             obs=np.zeros((num_envs, observation_size), np.float32),
@@ -239,7 +248,13 @@ class MarketVectorEnv(gym.vector.VectorEnv):
 
         Market i takes the seed `seed + i`, or `seed[i]` of a list, and from then on draws the same numbers whatever
         other markets run beside it. Without a seed the markets go on with their streams (the first time: a random seed).
+
+        options: {"tasks": (n,) integers}: from now on every episode of market i is a window of range tasks[i] of the split, or
+        of any where it is -1, as at first. For meta-learning, where a range, such as a synthetic history, is a task.
+        Raises ValueError for other options, and tasks that are no ranges of the split.
         """
+        if options:
+            self._assign(options)
         if seed is None and not self._ready:
             seed = int(np.random.SeedSequence().entropy % 2**62)
         if seed is not None:
@@ -251,6 +266,18 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         self._ready = True
         self._run(self._reset_loops, self._buffers)
         return self._buffers.obs.copy(), self._infos(copy=True, done=None)
+
+    def _assign(self, options):
+        if set(options) != {"tasks"} or not self.takes_tasks:
+            expected = "tasks" if self.takes_tasks else "none: its episodes belong to symbols"
+            raise ValueError(f"reset: options {sorted(options)}: expected {expected}")
+        tasks, ranges = np.asarray(options["tasks"]), len(self.split.ranges)
+        if tasks.shape != (self.num_envs,) or tasks.dtype.kind not in "iu" or tasks.min() < -1 or tasks.max() >= ranges:
+            raise ValueError(
+                f"reset: tasks {np.unique(tasks)[:9]} of shape {tasks.shape}: expected {self.num_envs} integers from -1 (any) "
+                f"to {ranges - 1}, ranges of the split {self.split.name!r}"
+            )
+        self._state.task = tasks
 
     def step(self, actions, out: np.ndarray | None = None):
         """One bar in every market: (obs, reward, terminated, truncated, infos).
@@ -291,6 +318,8 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         own = np.copy if copy else lambda array: array
         b = self._buffers
         infos = {"row": own(self._state.t)}
+        if self.takes_tasks:
+            infos["range"] = own(self._state.range)
         if b.mask.shape[1]:
             infos["action_mask"] = own(b.mask)
         if done is not None:
@@ -344,12 +373,15 @@ class MarketEnv(gym.Env):
 
     def step(self, action):
         actions = np.asarray(action)[None]
+        now = self.vector._state.range[0]
         obs, reward, terminated, truncated, infos = self.vector.step(actions)
         info = self._first(infos)
         self._fresh = None
         if terminated[0] or truncated[0]:
             self._fresh = obs[0], {k: v for k, v in info.items() if k in self._reset_keys}
             info["row"] = info["decided_at"] + 1
+            if "range" in info:
+                info["range"] = now
             obs = infos["final_obs"]
             if "action_mask" in info:
                 info["action_mask"] = info["final_action_mask"]

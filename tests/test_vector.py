@@ -5,6 +5,7 @@ import pytest
 from conftest import SMALL, assert_same_bits, assert_same_rollout, make_env, random_actions, rollout, run_python, single_env
 
 from envs.leadlag_tables import LeadLagData
+from envs.panel import Split
 
 
 def test_market_i_at_seed_s_is_the_single_env_at_seed_s_plus_i(market):
@@ -58,6 +59,62 @@ def test_the_same_seed_gives_the_same_rollout(market):
     assert not np.array_equal(other["obs"], expected["obs"])
     assert_same_rollout(rollout(used, chosen, seed=2), expected)
     assert_same_rollout(rollout(fresh, chosen, seed=2), expected)
+
+
+def test_a_task_is_a_range_of_the_split(market):
+    """From the reset that names it on, every episode lies in it, with random starts or without; -1 is any again."""
+    data, options = market
+    bars = data.panel.num_bars
+    split = (
+        data.panel.split()["train"] if data.panel.segment_split else Split("train", [[0, bars * 3 // 4], [bars * 3 // 4, bars]])
+    )
+    env = make_env(data, 6, **options | {"split": split, "episode_length": 5})
+    if not env.takes_tasks:
+        with pytest.raises(ValueError, match="expected none: its episodes belong to symbols"):
+            env.reset(seed=0, options={"tasks": np.zeros(6, int)})
+        return
+
+    def inside(infos, tasks):
+        return (infos["range"] == tasks).all() and all(a <= r < b for (a, b), r in zip(split.ranges[tasks], infos["row"]))
+
+    env.reset(seed=3)
+    for tasks in (np.zeros(6, int), np.array([0, 1, 1, 0, 1, 1])):
+        seen = [env.reset(options={"tasks": tasks})[1]]
+        seen += [env.step(a)[4] for a in random_actions(env, 30, seed=2)]
+        seen += [env.reset()[1] for _ in range(9)]  # until it is told otherwise
+        assert all(inside(infos, tasks) for infos in seen)
+        assert len({infos["row"][1] for infos in seen}) > 8, "always the same window"
+    ordered = make_env(data, 2, **options | {"split": split, "episode_length": 0, "random_start": False})
+    rows = [
+        ordered.reset(seed=0, options={"tasks": np.array(tasks)})[1]["row"].tolist() for tasks in ([0, 1], [1, 0], [-1, -1])
+    ]
+    assert rows[0] == rows[1][::-1] == rows[2] and rows[0][0] < rows[0][1]
+    env.reset(options={"tasks": np.full(6, -1)})
+    assert {int(r) for _ in range(9) for r in env.reset()[1]["range"]} == {0, 1}
+    single = single_env(data, **options | {"split": split, "episode_length": 5})
+    for task in (0, 1, 0):
+        _, info = single.reset(seed=task, options={"tasks": [task]})
+        assert info["range"] == task and single.step(single.action_space.sample())[4]["range"] == task
+    for wrong in ({"tasks": [0, 1]}, {"tasks": np.full(6, 2)}, {"tasks": np.full(6, -2)}, {"tasks": np.zeros(6)}, {"task": 0}):
+        with pytest.raises(ValueError, match="expected (6 integers from -1|tasks)"):
+            env.reset(options=wrong)
+
+
+def test_the_last_info_of_an_episode_names_its_own_range(market):
+    data, options = market
+    single = single_env(data, **options | {"episode_length": 3})
+    _, info = single.reset(seed=0)
+    if "range" not in info:
+        return
+    ranges = set()
+    for _ in range(40):
+        here, over = info["range"], False
+        while not over:
+            _, _, _, over, info = single.step(single.action_space.sample())
+            assert info["range"] == here
+        _, info = single.reset()
+        ranges.add(int(info["range"]))
+    assert len(ranges) == len(single.vector.split.ranges)
 
 
 def test_single_env_info_belongs_to_the_observation_it_comes_with(market):
