@@ -434,7 +434,8 @@ if __name__ == "__main__":
         query_envs = make_envs(args, data, parts and parts["train"][1], args.tasks_per_batch) if is_market else adapt_envs
         space = adapt_envs.single_action_space
         continuous = isinstance(space, gym.spaces.Box)
-        if not (continuous or isinstance(space, gym.spaces.Discrete)) or not (is_market or "parameters" in adapt_envs.reset(seed=0)[1]):
+        tasks_known = is_market or "parameters" in adapt_envs.reset(seed=args.seed)[1]
+        if not tasks_known or not isinstance(space, gym.spaces.Box | gym.spaces.Discrete):
             raise ValueError(f"--env-id {args.env_id}: expected {MARKET_ENV} or a task such as Navigation2D-v0")
     except (ValueError, gym.error.Error) as error:
         sys.exit(f"{type(error).__name__}: {error}")
@@ -495,7 +496,7 @@ if __name__ == "__main__":
         return adapt(envs, np.arange(len(splits[split].ranges)))
 
     def policy_of(early, late=None, begins=0):
-        """The most likely actions of K markets under weights `early` (name -> (K, ...)); from row `begins` (K,) on, under `late`."""
+        """The most likely actions of K markets under weights `early` (name -> (K, ...)), from row `begins` (K,) under `late`."""
 
         def policy(observation, mask, rows):
             with torch.no_grad():

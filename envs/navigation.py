@@ -26,9 +26,9 @@ def goal_of(task: int) -> np.ndarray:
 class Navigation2DVectorEnv(gym.vector.VectorEnv):
     """`gym.make_vec("Navigation2D-v0", num_envs=400)`: many points, each looking for the goal of its own task.
 
-    A point starts at the origin and moves by its action (2,), of which what exceeds `REACH` on an axis is cut off. It sees where
-    it is, (2,) float32, and earns minus its distance from the goal after the move. Near the goal the episode terminates, after
-    `HORIZON` steps it is truncated; autoreset is SAME_STEP, as in envs/vector.py. Nothing but the task is random.
+    A point starts at the origin and moves by its action (2,), of which what exceeds `REACH` on an axis is cut off. It sees
+    where it is, (2,) float32, and earns minus its distance from the goal after the move. Near the goal the episode terminates,
+    after `HORIZON` steps it is truncated; autoreset is SAME_STEP, as in envs/vector.py. Nothing but the task is random.
     infos["parameters"] holds the goal that the next move is to come near: "goal_x" and "goal_y" (n,).
     Raises ValueError for fewer than one point.
     """
@@ -52,8 +52,8 @@ class Navigation2DVectorEnv(gym.vector.VectorEnv):
         """Start an episode of every point; returns (obs (n, 2) float32, infos).
 
         Point i draws from the seed `seed + i`, or `seed[i]` of a list; without a seed it goes on with its stream (the first
-        time: from a random seed). options: {"tasks": (n,) integers}: from now on every episode of point i is of task tasks[i], the
-        same goal whatever the seed, or of a training task drawn anew where it is -1, as at first.
+        time: from a random seed). options: {"tasks": (n,) integers}: from now on every episode of point i is of task tasks[i],
+        the same goal whatever the seed, or of a training task drawn anew where it is -1, as at first.
         Raises ValueError for other options, for integers below -1, and for seeds below 0 or of another number.
         """
         options = options or {}
