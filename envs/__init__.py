@@ -27,7 +27,9 @@ _sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_here.gl
 _writable = _here if os.access(_here, os.W_OK) else Path.home() / ".cache" / "cleanmarkets"
 numba.config.CACHE_DIR = str(Path(numba.config.CACHE_DIR or _writable / "__pycache__") / f"numba-{_sources}")
 
-for _name, _module in (("LeadLag", "leadlag"), ("Portfolio", "portfolio"), ("Trading", "trading")):
+for _name, _module in (
+    ("LeadLag", "leadlag"), ("Portfolio", "portfolio"), ("Trading", "trading"), ("Navigation2D", "navigation"),
+):  # fmt: skip
     gym.register(
         id=f"{_name}-v0",
         entry_point=f"envs.{_module}:{_name}Env",

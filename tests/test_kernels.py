@@ -173,13 +173,11 @@ def test_a_market_does_not_depend_on_how_many_others_run(small_data, small_panel
         assert_same_bits(found[4]["record"], expected[4]["record"][:3], "record")
 
 
-def test_the_second_process_compiles_nothing(tmp_path):
-    first, second = (run_python("-c", COMPILE, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
-    for done in (first, second):
+def test_the_second_process_compiles_nothing():
+    """The first may, or may not: what it needs may have been compiled by any test before."""
+    for done in [run_python("-c", COMPILE) for _ in range(2)]:
         assert done.returncode == 0, done.stderr[-4000:]
-    misses, _ = map(int, first.stdout.split())
-    assert misses > 10
-    misses, hits = map(int, second.stdout.split())
+    misses, hits = map(int, done.stdout.split())
     assert misses == 0 and hits > 5
 
 
