@@ -121,7 +121,8 @@ class Hidden(Histories):
     filled at the open, loses then what it earns while the regime is OPEN. From close to close both are the same: no lagged
     correlation tells them apart. The extra series "news" does, slowly: each bar's is standard normal around `news` while OPEN,
     around -`news` while CROWDED, so that one bar's is right in Phi(news) of cases (0.66 for 0.4), and a memory of many in
-    nearly all. A regime lasts `regime_bars` on average. Volatilities and strengths are per bar.
+    nearly all. A regime lasts `regime_bars` on average. Volatilities and strengths are per bar. All assets
+    drift by `drift`, in units of vol, in the session while OPEN, and by its opposite while CROWDED.
     """
 
     leaders: int = 2
@@ -133,6 +134,7 @@ class Hidden(Histories):
     life_fast: int = 80
     regime_bars: float = 150.0
     news: float = 0.4
+    drift: float = 0.0
 
     def __post_init__(self):
         Histories.__post_init__(self)
@@ -158,7 +160,7 @@ class Hidden(Histories):
         roles = np.where(swapped[:, None], -1.0, 1.0) * rng.permuted(self._sides())
         strong[:, second] = self.beta_fast * self._reaction(shock[:, second], roles)
         crowded = (regime == CROWDED)[:, None]
-        expected = faint + np.where(crowded, -strong, strong)  # of the session
+        expected = faint + np.where(crowded, -strong - self.drift, strong + self.drift)  # of the session
         intraday += expected
         overnight += np.where(crowded, 2.0 * strong, 0.0)
         expected *= self.vol
