@@ -34,7 +34,7 @@ from envs.costs import RUIN
 from envs.panel import Split
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import load_market
-from envs.tasks import halves
+from envs.tasks import TASK_SETS, halves
 
 MARKET_ENV = "Portfolio-v0"
 HELD_OUT = 1_000_000  # with --env-id: tasks from here up are held out
@@ -69,10 +69,10 @@ class Args:
     env_id: str = MARKET_ENV
     """Portfolio-v0, or any Gymnasium id with vector observations and continuous actions, to check the algorithm itself: one
     task, unless its reset takes options={"tasks": integers}, as that of Navigation2D-v0 does"""
-    market: str = "synthetic:merton:drift=-0.01|0.01:bars=1000:train=200:val=50:test=50"
-    """a task is one of its histories; sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...], see
-    KNOWN below for one of them; with the prefix shuffled:, bootstrap:[key=value:...] or crossed:, one made of it from the
-    seed (envs/resampled.py)"""
+    market: str = TASK_SETS["portfolio-bull-bear"]
+    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...], see KNOWN below for one of them; with
+    the prefix shuffled:, bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py); each history
+    of it is a task (sets of tasks: envs/tasks.py)"""
     symbols: tuple[str, ...] = ()
     """symbols of the market to keep (all by default)"""
     start: str | None = None
@@ -106,7 +106,7 @@ class Args:
     episodes: int = 3
     """episodes of a context, in training and in evaluation: the latent is drawn from the prior for the first, and inferred
     anew for each of the others"""
-    episode_length: int = 128
+    episode_length: int = 80
     """bars in an episode, which starts at a random bar"""
     reward: str = "growth"
     """growth (net log growth) or sharpe (differential Sharpe ratio)"""
@@ -369,7 +369,7 @@ def q_values(critic, x, z, action, frozen=False):
 
 
 def make_envs(args, num_envs, split, options):
-    """Environments of some tasks: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
+    """Instances of some tasks: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
     if args.env_id == MARKET_ENV:
         return gym.make_vec(MARKET_ENV, num_envs, split=split, episode_length=args.episode_length, **options)
     spec = gym.spec(args.env_id)
@@ -511,6 +511,8 @@ if __name__ == "__main__":
             env_options = dict(data=data, reward_weights=weights, cvar_alpha=args.cvar_alpha, num_threads=args.num_threads)
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"costs   {data.costs.describe()}")
+            for part in (*adapting.values(), *scored.values()):
+                data.market(part)  # a part in which nothing can be decided is said now
             args.num_tasks = len(splits["train"].ranges)
         split = interleave(adapting["train"], scored["train"]) if is_market else None
         train_envs = make_envs(args, instances * args.num_envs, split, env_options)
