@@ -33,6 +33,7 @@ from envs.adaptation import adaptation_report, print_adaptation
 from envs.costs import RUIN
 from envs.panel import Split
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
+from envs.probe import linear_probe
 from envs.synthetic import load_market
 from envs.tasks import TASK_SETS, halves
 
@@ -416,17 +417,6 @@ class Online:
 
     def after(self, reward, over):
         self.reward = torch.as_tensor(reward).to(self.agent.reach.device)
-
-
-def probe(latents, truth, held_latents, held_truth, ridge=1.0):
-    """R^2 on held-out tasks of a ridge regression of a task's parameter (n,) on its standardised latent (n, L); NaN where the
-    parameter does not vary."""
-    centre, scale, middle = latents.mean(0), latents.std(0) + 1e-8, truth.mean()
-    x, held_x = (latents - centre) / scale, (held_latents - centre) / scale
-    slope = np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ (truth - middle))
-    total = np.square(held_truth - held_truth.mean()).sum()
-    error = np.square(held_truth - middle - held_x @ slope).sum()
-    return float(1.0 - error / total) if total > 0 else float("nan")
 
 
 def save_checkpoint(path, content):

@@ -63,6 +63,7 @@ class Script:
     kept: tuple[str, ...]  # what a checkpoint holds besides what all hold
     numbers: tuple[str, ...] = ()  # in run.json besides what all have
     columns: tuple[str, ...] = LEDGER
+    scored: float = 0.75  # share of each history that is in the ledger, at least
     unexplained: tuple[str, ...] = ()  # flags that --help only lists
     suppressed: tuple[str, ...] = ()  # arguments without a flag
     logs: bool = True  # offline data of its market
@@ -253,6 +254,33 @@ SCRIPTS = {
             policy=lambda g: g["make_policy"]("test"),
             most_minibatches=64,
             unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
+        ),
+        Script(
+            name="rl2_leadlag",
+            env_id="LeadLag-v0",
+            market="synthetic:hidden:news=0:bars=400:train=2:val=1:test=2",
+            sizes=("--num-envs", "64", "--episodes", "2", "--episode-length", "8"),
+            own=("--max-lookback", "60", "--num-lookbacks", "5", "--hidden", "16", "--eval-episodes", "3"),
+            given={
+                "leadlag": {"max_lookback": 60, "num_lookbacks": 5}, "num_envs": 64, "episodes": 2, "episode_length": 8,
+                "hidden": 16,
+            },
+            score="growth",
+            others=(
+                *(f"lookback {k}" for k in (5, 9, 17, 32, 60)), "best in training", "random", "equal weight",
+                "oracle regime", "oracle returns",
+            ),
+            costs="institutional",
+            make_agent=lambda module, saved: module.Agent(
+                len(saved["model"]["norm.mean"]), len(saved["model"]["actor.4.bias"]), saved["args"]["memory"],
+                saved["args"]["hidden"],
+            ),
+            losses=("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance"),
+            kept=(),
+            scored=0.49,  # the second half; memories adapt on the first
+            idles=False,  # its actions are drawn
+            unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
+            logs=False,
         ),
         PPOScript(
             name="ppo_transformer_trading",
