@@ -373,9 +373,8 @@ def make_envs(args, num_envs, split, options):
     """Instances of some tasks: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
     if args.env_id == MARKET_ENV:
         return gym.make_vec(MARKET_ENV, num_envs, split=split, episode_length=args.episode_length, **options)
-    spec = gym.spec(args.env_id)
-    if spec.vector_entry_point is not None:
-        return gym.make_vec(args.env_id, num_envs)
+    if gym.spec(args.env_id).vector_entry_point is not None:
+        return gym.make_vec(args.env_id, num_envs, vectorization_mode="vector_entry_point")
     return gym.make_vec(
         args.env_id, num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
     )
@@ -384,6 +383,11 @@ def make_envs(args, num_envs, split, options):
 def interleave(first, second):
     """One split whose ranges 2i and 2i + 1 are ranges i of two."""
     return Split(first.name, np.stack([first.ranges, second.ranges], axis=1).reshape(-1, 2))
+
+
+def derived_seed(*key):
+    """A seed for environments, another one for every key of integers; market i takes it plus i."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def transition(obs, action, reward, next_obs):
@@ -642,46 +646,47 @@ if __name__ == "__main__":
                 break
         return total, steps
 
-    def backtest(split, adapted=True):
-        """Ledger of a split from the start to the end of each range, with the task inferred from its own past, or, not
-        adapted, taken for the prior's mean."""
-        policy = Online(agent, args.episode_length if adapted else sys.maxsize, most)
+    def acting(z):
+        """Policy for backtests that takes the task of every market for its latent in z (n, L)."""
+        return lambda obs, *_: agent.unscale(agent.act(torch.as_tensor(obs).to(device), z, explore=False)).cpu().numpy()
+
+    def backtest(split, policy=None):
+        """Ledger of a split from the start to the end of each range; the agent infers the task from its own past there."""
+        policy = policy or Online(agent, args.episode_length, most)
         return portfolio_references.run(split=splits[split], policy=policy, **env_options)
 
     @torch.no_grad()
     def adaptation(split):
-        """Held-out tasks of a split after 0, 1, ... episodes of context: scores and completion (tasks, stages), at the
-        posterior's mean; the last posterior; the contexts with their counts; and what is true of the tasks."""
+        """Held-out tasks after 0, 1, ... episodes of context: scores and completion (tasks, stages), at the posterior's mean;
+        the posteriors' means and variances, both (stages, tasks, L); the contexts, with their counts; the tasks' parameters."""
         number = len(adapting[split].ranges) if is_market else args.eval_tasks
         tasks = np.arange(number) if is_market else HELD_OUT + (split == "test") * number + np.arange(number)
         markets = make_envs(args, number, adapting.get(split), env_options)
-        shown, count = (
-            torch.zeros((number, most, agent.context_size), device=device),
-            torch.zeros_like(known[:1]).repeat(number),
-        )
-        scores, completed = np.zeros((number, args.episodes + 1)), np.zeros((number, args.episodes + 1), dtype=bool)
+        context = torch.zeros((number, most, agent.context_size), device=device)
+        count = torch.zeros(number, dtype=torch.int64, device=device)
+        scores, completed, posteriors = [], [], []
         for stage in range(args.episodes + 1):
-            mean, variance = agent.infer(shown, count)
+            mean, variance = agent.infer(context, count)
+            posteriors.append((mean, variance))
             if is_market:
-                frame = portfolio_references.run(
-                    split=scored[split], policy=lambda obs, *_: agent.unscale(
-                        agent.act(torch.as_tensor(obs).to(device), mean, explore=False)  # noqa: B023 (called at once)
-                    ).cpu().numpy(), **env_options,
-                )  # fmt: skip
-                for task, part in frame.groupby("market"):
-                    scores[task, stage] = ledger.growth(part).mean() * panel.bars_per_year
-                    completed[task, stage] = part["equity"].min() > RUIN and np.isfinite(scores[task, stage])
+                frame = portfolio_references.run(split=scored[split], policy=acting(mean), **env_options)
+                frame["growth"] = ledger.growth(frame) * panel.bars_per_year
+                by_task = frame.groupby("market").agg({"growth": "mean", "equity": "min"})
+                scores.append(by_task["growth"])
+                completed.append(np.isfinite(by_task["growth"]) & (by_task["equity"] > RUIN))
             else:
-                total, _ = play(markets, begin(markets, args.seed + 20_000, tasks)[0], mean, explore=False)
-                scores[:, stage], completed[:, stage] = total.cpu(), torch.isfinite(total).cpu()
+                scores.append(play(markets, begin(markets, derived_seed(args.seed, 0), tasks)[0], mean, explore=False)[0].cpu())
+                completed.append(torch.isfinite(scores[-1]))
             if stage < args.episodes:
-                obs, infos = begin(markets, args.seed + 10_000 + stage, tasks)
+                obs, infos = begin(markets, derived_seed(args.seed, 0, stage + 1), tasks)
                 _, steps = play(markets, obs, mean + variance.sqrt() * torch.randn_like(mean), explore=True)
                 for step, alive in steps:
                     at = torch.nonzero(alive).squeeze(1)
-                    shown[at, count[at]] = step[at]
+                    context[at, count[at]] = step[at]
                     count[at] += 1
-        return scores, completed, (mean.cpu().numpy(), variance.cpu().numpy()), (shown, count), infos.get("parameters", {})
+        means, variances = (torch.stack(part) for part in zip(*posteriors))
+        return (*(np.stack(part, axis=1) for part in (scores, completed)), means, variances, context, count,
+                infos.get("parameters", {}))  # fmt: skip
 
     started, failure = time.time(), None
     episode_return = torch.zeros(args.num_envs, device=device)
@@ -696,8 +701,9 @@ if __name__ == "__main__":
         visited = torch.randperm(args.num_tasks)[: args.num_envs]
         ranges = torch.cat([2 * visited, 2 * visited + 1]) if is_market else visited
         shown, learned = slice(args.num_envs), slice(-args.num_envs, None)
-        seed = int(np.random.SeedSequence((args.seed, iteration)).generate_state(1)[0])  # nothing of the last visit is needed
-        obs, _ = begin(train_envs, seed, ranges.numpy())
+        obs, _ = begin(
+            train_envs, derived_seed(args.seed, iteration), ranges.numpy()
+        )  # all starts anew: no state of markets is to be kept
         visited = visited.to(device)
         known[visited], finished_returns, seen = 0, [], []
         episode_return.zero_()
@@ -784,9 +790,9 @@ if __name__ == "__main__":
         sys.exit(f"{failure}; the last good checkpoint, if any, is in {run_dir}")
     if is_market:
         agent.load_state_dict(best_model)
-        frames = {split: backtest(split) for split in splits}
+        frames, prior = {split: backtest(split) for split in splits}, torch.zeros((len(splits["test"].ranges), args.latent))
         ledger.write_ledger(run_dir / "ledger.parquet", pd.concat(frames.values(), ignore_index=True))
-        compared = {"agent": frames["test"], "unadapted": backtest("test", adapted=False)}
+        compared = {"agent": frames["test"], "unadapted": backtest("test", acting(prior))}
         compared |= portfolio_references.references(data, splits["test"], risk_aversion)
         scores = {name: ledger.summarise(frame, panel.bars_per_year) for name, frame in compared.items()}
         run["scores"] = {"test": scores} | {
@@ -802,30 +808,35 @@ if __name__ == "__main__":
             print(f"{name:16}{s['sharpe']:7.2f}  {interval:<16}{s['growth']:8.1%}{s['utility']:9.1%}", end="")
             print(f"{s['max_drawdown']:10.1%}{s['turnover']:9.0f}x{s['cost']:8.1%}{s['gross_exposure']:7.2f}")
     else:
-        print(f"\nmean return of the last {len(recent_returns)} episodes of training: {latest}")
+        print(f"\nmean return of the last {len(recent_returns)} episodes of training: {run['last_100_returns']:.4g}")
 
     # Adaptation to held-out tasks; who does not adapt takes the task for the prior's mean
-    returns, completed, (mean, variance), shown, truth = adaptation("test")
-    _, _, (val_mean, _), _, val_truth = adaptation("val")
+    returns, completed, means, variances, context, count, truth = adaptation("test")
+    _, _, val_means, _, _, _, val_truth = adaptation("val")
     run["adaptation"] = adaptation_report(returns, returns[:, 0], completed, args.seed)
     run["latent"] = {
-        "kl": float(divergence(torch.as_tensor(mean), torch.as_tensor(variance)).mean()),
-        "spread": mean.std(axis=0).tolist(), "std": np.sqrt(variance).mean(axis=0).tolist(),
-        "probe": {name: probe(val_mean, val_truth[name], mean, truth[name]) for name in truth},
+        "kl": [float(divergence(*stage).mean()) for stage in zip(means, variances)],
+        "spread": means.std(dim=1, correction=0).tolist(), "std": variances.sqrt().mean(dim=1).tolist(),
     }  # fmt: skip
+    run["probe"] = {
+        name: [linear_probe(a, val_truth[name], b, truth[name]) for a, b in zip(val_means.cpu(), means.cpu())] for name in truth
+    }
     print_adaptation(run["adaptation"])
     print(f"scores: {'net log growth per year' if is_market else 'return of an episode'}")
-    spread, std = (", ".join(f"{value:.2f}" for value in run["latent"][name]) for name in ("spread", "std"))
-    print(f"latent: KL {run['latent']['kl']:.2f}; its mean varies between tasks by {spread}; its deviation for one {std}")
-    for name, r2 in run["latent"]["probe"].items():
-        print(f"latent: R^2 of a linear probe for {name} on held-out tasks {r2:.2f}")
+    print(
+        f"\nlatent: KL from the prior; largest deviation of its mean between tasks; read off it by a linear map: {list(truth)}"
+    )
+    for stage, (kl, spread) in enumerate(zip(run["latent"]["kl"], run["latent"]["spread"])):
+        print(f"after {stage}{'':18}{kl:7.2f}{max(spread):7.2f}", *(f"{r2[stage]:6.2f}" for r2 in run["probe"].values()))
     if args.encoder == "attention":
         with torch.no_grad():
-            context, count = shown
-            weights, _ = agent.encoder.attend(agent.context_norm(context.flatten(0, 1)).view(context.shape), count)
-        effective = torch.special.entr(weights).sum(dim=2).exp().mean(dim=0) / count.float().mean()
-        run["latent"]["attention"] = effective.tolist()
-        print(f"attention: each head reads as many of the steps as {', '.join(f'{x:.0%}' for x in effective.tolist())}")
+            steps = agent.context_norm(context.flatten(0, 1)).view(context.shape)
+            weights, _ = agent.encoder.attend(steps, count)
+        share = torch.special.entr(weights).sum(dim=2).exp() / count[:, None]
+        run["latent"]["attention"] = share.mean(dim=0).tolist()  # 1: all steps alike
+        print(
+            f"attention: a head's weights are spread over {', '.join(f'{x:.0%}' for x in run['latent']['attention'])} of them"
+        )
     ledger.write_json(run_dir / "run.json", run)
     print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")
     if args.track:
