@@ -698,6 +698,7 @@ if __name__ == "__main__":
 
         # Visit some tasks. On markets each by two instances, which know the same latent: the context comes from the first part
         # of its history, what is learned from it from the second, as it will be in evaluation
+        # (Environments begin anew by a seed of the iteration's own, so that no checkpoint needs their state.)
         visited = torch.randperm(args.num_tasks)[: args.num_envs]
         ranges = torch.cat([2 * visited, 2 * visited + 1]) if is_market else visited
         shown, learned = slice(args.num_envs), slice(-args.num_envs, None)

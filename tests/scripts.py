@@ -307,7 +307,6 @@ SCRIPTS = {
             numbers=("last_100_returns",),
             columns=(*LEDGER[:-1], *GUARDS, "action", "parameter_drift"),
             unexplained=("costs",),
-            policy=lambda g: g["Online"](g["agent"], 128, 256),
             logs=False,
         ),
         PPOScript(
