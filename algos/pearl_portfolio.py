@@ -70,7 +70,7 @@ class Args:
     env_id: str = MARKET_ENV
     """Portfolio-v0, or any Gymnasium id with vector observations and continuous actions, to check the algorithm itself: one
     task, unless its reset takes options={"tasks": integers}, as that of Navigation2D-v0 does"""
-    market: str = TASK_SETS["portfolio-bull-bear"]
+    market: str = TASK_SETS["portfolio-signal"]
     """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...], see KNOWN below for one of them; with
     the prefix shuffled:, bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py); each history
     of it is a task (sets of tasks: envs/tasks.py)"""
@@ -175,11 +175,10 @@ class Args:
 
 
 # What changes for markets whose best policy is known: the terms that its derivation assumes.
-KNOWN = {
-    "synthetic:merton": dict(
-        portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5), gamma=0.0,
-    ),
-}  # fmt: skip
+MYOPIC = dict(
+    portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5), gamma=0.0,
+)  # fmt: skip
+KNOWN = {"synthetic:merton": MYOPIC, "synthetic:garleanu-pedersen": MYOPIC}
 
 # What changes for --env-id: one task, an episode after another, as CleanRL's SAC; and tasks that hide a goal.
 CLASSIC_CONTROL = dict(
@@ -244,19 +243,25 @@ class MLP(nn.Module):
         return torch.baddbmm(layers[-1][1], x, layers[-1][0])
 
 
+def confident(net, most):
+    """The network of a single factor, which at first weighs as much as `most` factors of a product do: to critics that saw
+    little but noise a latent would stay without meaning."""
+    with torch.no_grad():
+        net.biases[-1].chunk(2, dim=2)[1].fill_(math.log(most))
+    return net
+
+
 class ProductEncoder(nn.Module):
     """A Gaussian factor for every step of the context, whatever their order."""
 
     def __init__(self, size, hidden, latent, most, heads):
         super().__init__()
         self.net = MLP(size, hidden, 2 * latent)
-        with torch.no_grad():
-            self.net.biases[-1][..., latent:] = -math.log(most)  # at first a whole context weighs as much as the prior
 
     def forward(self, context, count):
         mean, log_precision = self.net(context.flatten(0, 1)).view(*context.shape[:2], -1).chunk(2, dim=2)
         known = torch.arange(context.shape[1], device=context.device) < count[:, None]
-        return mean, log_precision.clamp(-20.0, 5.0).exp() * known[..., None]
+        return mean, log_precision.clamp(-20.0, 10.0).exp() * known[..., None]
 
 
 class GRUEncoder(nn.Module):
@@ -265,13 +270,13 @@ class GRUEncoder(nn.Module):
     def __init__(self, size, hidden, latent, most, heads):
         super().__init__()
         self.gru = nn.GRU(size, hidden, batch_first=True)
-        self.head = MLP(hidden, hidden, 2 * latent)
+        self.head = confident(MLP(hidden, hidden, 2 * latent), most)
 
     def forward(self, context, count):
         out, _ = self.gru(context)
         last = out[torch.arange(len(out), device=out.device), (count - 1).clamp(min=0)]
         mean, log_precision = self.head(last).squeeze(0)[:, None].chunk(2, dim=2)
-        return mean, log_precision.clamp(-20.0, 5.0).exp() * (count > 0)[:, None, None]
+        return mean, log_precision.clamp(-20.0, 10.0).exp() * (count > 0)[:, None, None]
 
 
 class AttentionEncoder(nn.Module):
@@ -282,7 +287,7 @@ class AttentionEncoder(nn.Module):
         self.heads, self.most = heads, most
         self.embed = MLP(size, hidden, 2 * hidden)  # keys, values
         self.query = nn.Parameter(torch.randn(heads, hidden // heads))
-        self.head = MLP(hidden + 1, hidden, 2 * latent)
+        self.head = confident(MLP(hidden + 1, hidden, 2 * latent), most)
 
     def attend(self, context, count):
         """Keys' weights (n, heads, C), which sum to 1 over the steps known, and the values (n, C, heads, width)."""
@@ -296,7 +301,7 @@ class AttentionEncoder(nn.Module):
         pooled = torch.einsum("nhc,nchw->nhw", weights, values).flatten(1)
         pooled = torch.cat([pooled, (count / self.most)[:, None]], dim=1)  # a mean does not tell of how many
         mean, log_precision = self.head(pooled).squeeze(0)[:, None].chunk(2, dim=2)
-        return mean, log_precision.clamp(-20.0, 5.0).exp() * (count > 0)[:, None, None]
+        return mean, log_precision.clamp(-20.0, 10.0).exp() * (count > 0)[:, None, None]
 
 
 ENCODERS = {"product": ProductEncoder, "gru": GRUEncoder, "attention": AttentionEncoder}

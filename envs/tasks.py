@@ -13,11 +13,13 @@ from envs.panel import Split
 # The others are for Portfolio-v0, long only: the Merton fraction, drift / vol^2 within 0 and 1, is best.
 _PERSISTENT = "synthetic:hidden:bars=1000:train=120:val=20:test=40:regime_bars=1e9:news=0"
 _BROWNIAN = "synthetic:merton:bars=600:train=150:val=20:test=40"
+_FORECASTS = "synthetic:garleanu-pedersen:assets=2:vol=0.03:reversion_slow=1:reversion_fast=1:bars=600:train=300:val=20:test=40"
 TASK_SETS = {
     "bull-bear": f"{_PERSISTENT}:drift=-0.03|0.03:beta_fast=2.5:beta_slow=0.4",
     "mixed": f"{_PERSISTENT}:drift=-0.05..0.05:vol=0.006~0.02:beta_fast=2..3:beta_slow=0.3..0.5",
     "planted-lag": f"{_PERSISTENT}:life_fast=40~160:beta_fast=2..3:beta_slow=0.2..0.5",
     "portfolio-bull-bear": f"{_BROWNIAN}:drift=-0.003|0.003:vol=0.03",
+    "portfolio-signal": f"{_FORECASTS}:strength=0.5:sign=-1|1",
     "portfolio-mixed": f"{_BROWNIAN}:drift=-0.004..0.004:vol=0.02~0.06",
 }
 

@@ -199,7 +199,7 @@ def test_losses_gradients_and_targets(script, inside, encoder, autotune):
         "0.3",
     ]
     options += ["--meta-batch", "5", "--kl-coef", "0.25", "--reward-scale", "30", "--autotune" if autotune else "--no-autotune"]
-    g = inside(*options, *TINY, "--costs", "zero")
+    g = inside(*options, *TINY, "--alpha", "0.3")
     agent, replay, module = g["agent"], g["replay"], script.module
     shake(agent)
     replay["terminated"][:, ::3] = 1.0  # so that it matters
@@ -395,21 +395,18 @@ def test_the_last_steps_are_kept_and_end_with_their_own_last_observation(script,
     """On episodes of a few steps, into a buffer that holds fewer than were taken: none is followed by the next one's first."""
     options = [*register(Toy, gym.spaces.Box(-1, 1, (2,), np.float32)), *TINY, "--episodes", "2", "--episode-length", "20"]
     g = inside(*options, "--total-timesteps", "120", "--buffer-size", "32", "--eval-tasks", "2")
-    replay = {name: values[0].numpy() for name, values in g["replay"].items()}
     assert g["iteration"] == 3 and g["written"].tolist() == [120] and g["known"].tolist() == [40]
-    t, after = replay["obs"][:, 0] * 3, replay["next_obs"][:, 0] * 3
-    np.testing.assert_allclose(after, t + 1, atol=1e-5)
-    episode = (replay["obs"][:, 1] * 3).round()
-    length = 3 + episode % 3  # of those numbered 0 to 3, and again
-    np.testing.assert_array_equal(
-        replay["terminated"][:, 0], (after.round() == np.where(episode == 3, 3, length)) & (episode % 2 == 0)
-    )
-    np.testing.assert_allclose(replay["rewards"][:, 0], replay["actions"].sum(axis=1) - 0.3 * after, atol=1e-5)
     order = np.roll(np.arange(32), -(120 % 32))  # the oldest first
+    replay = {name: values[0].numpy()[order] for name, values in g["replay"].items()}
+    t, after, episode = replay["obs"][:, 0] * 3, replay["next_obs"][:, 0] * 3, (replay["obs"][:, 1] * 3).round()
+    np.testing.assert_allclose(after, t + 1, atol=1e-5)
+    over = t[1:].round() == 0  # all 32 are of one visit
+    assert 4 < over.sum() < 12
+    np.testing.assert_array_equal(replay["terminated"][:-1, 0], over & (episode[:-1] % 2 == 0))  # the others are truncated
+    np.testing.assert_allclose(replay["rewards"][:, 0], replay["actions"].sum(axis=1) - 0.3 * after, atol=1e-5)
     latest = g["contexts"][0, 8:].numpy()  # the last 32 of 40 steps
-    np.testing.assert_array_equal(latest[:, :3], replay["obs"][order])
-    np.testing.assert_array_equal(latest[:, 3:5], replay["actions"][order])
-    np.testing.assert_array_equal(latest[:, 6:], replay["next_obs"][order])
+    parts = [replay[name] for name in ("obs", "actions", "rewards", "next_obs")]
+    np.testing.assert_array_equal(latest, np.concatenate(parts, axis=1))
 
 
 def test_tasks_that_are_held_out_are_none_to_train_on(script, inside, monkeypatch):
