@@ -815,7 +815,7 @@ if __name__ == "__main__":
             interval = f"[{s['sharpe_low']:.2f}, {s['sharpe_high']:.2f}]"
             print(f"{name:16}{s['sharpe']:7.2f}  {interval:<16}{s['growth']:8.1%}{s['utility']:9.1%}", end="")
             print(f"{s['max_drawdown']:10.1%}{s['turnover']:9.0f}x{s['cost']:8.1%}{s['gross_exposure']:7.2f}")
-    else:
+    elif recent_returns:
         print(f"\nmean return of the last {len(recent_returns)} episodes of training: {run['last_100_returns']:.4g}")
 
     # Adaptation to held-out tasks; who does not adapt takes the task for the prior's mean

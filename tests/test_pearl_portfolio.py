@@ -128,11 +128,13 @@ def test_attention_weighs_the_steps_that_are_known(make_agent):
     assert not torch.allclose(weights[2, 0], weights[2, 1], atol=1e-3)
 
 
-def test_a_fresh_product_of_a_whole_context_weighs_about_as_much_as_the_prior(script):
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_fresh_posterior_of_a_whole_context_is_narrow(script, encoder):
+    """So that critics can tell tasks apart, and the encoder learn from them."""
     torch.manual_seed(0)
-    agent = script.module.Agent(4, 2, 500, script.module.Args(hidden=64))
+    agent = script.module.Agent(4, 2, 500, script.module.Args(hidden=64, encoder=encoder))
     _, variance = agent.infer(0.1 * torch.randn(8, 500, 11), torch.full((8,), 500))
-    assert ((variance > 0.3) & (variance < 0.7)).all()
+    assert ((variance > 1e-4) & (variance < 0.01)).all()
 
 
 # --- the policy, and what teaches whom
@@ -257,7 +259,7 @@ def test_contexts_come_from_first_parts_and_what_is_learned_from_the_rest(inside
     g = inside(*options, *TINY, "--adapt-share", "0.6")
     data, features = g["data"], g["data"].layout["assets"]
     place = {row.tobytes(): t for t, row in enumerate(data.assets)}
-    assert g["iteration"] == 3 and len(place) == len(data.assets)
+    assert g["iteration"] == 3 and len(data.assets) - len(place) == 7  # the first bars of the 8 histories, which decide nothing
     for task, (start, stop) in enumerate(g["splits"]["train"].ranges):
         assert g["written"][task] == 3 * 64 and g["known"][task] == 64
         seen = [place[row.tobytes()] for row in g["contexts"][task, :64, features].numpy()]
@@ -267,7 +269,7 @@ def test_contexts_come_from_first_parts_and_what_is_learned_from_the_rest(inside
         assert start <= min(seen) and max(seen) < cut <= min(learned) and max(after) < stop
         assert (np.array(after) == np.array(learned) + 1).all()
         obs, action, reward, next_obs = g["contexts"][task].split([25, 1, 1, 25], dim=1)
-        weight = (2 * action[:, 0] * 2.5).clamp(-2, 2)  # the score's: half of 5 times the action, within the gross cap
+        weight = (0.5 * 5 * action[:, 0]).clamp(-2, 2)  # half of the score, which is 5 at most, within the gross cap
         ordered = next_obs[:, data.layout["weights"]][:, 0] - next_obs[:, data.layout["drift"]][:, 0]
         last = torch.tensor([t + 1 == cut - 1 or n % 32 == 31 for n, t in enumerate(seen)])
         np.testing.assert_allclose(ordered[~last], weight[~last], atol=1e-5)
@@ -327,8 +329,7 @@ def test_the_report_is_of_the_test_tasks_and_printed(script, base, inside, tmp_p
     out, run = capsys.readouterr().out, json.loads((tmp_path / "copy" / "run.json").read_text())
     assert run["adaptation"] == base.json["adaptation"] and run["latent"] == base.json["latent"]
     returns = g["returns"]
-    expected = adaptation_report(returns, returns[:, 0], g["completed"], 1)
-    assert run["adaptation"] == pytest.approx(json.loads(json.dumps(expected)), nan_ok=True)
+    assert run["adaptation"] == json.loads(json.dumps(adaptation_report(returns, returns[:, 0], g["completed"], 1)))
     assert run["adaptation"]["tasks"] == 2 and len(run["adaptation"]["stages"]) == 3
     gain = (returns[:, -1] - returns[:, 0]).mean()
     assert run["adaptation"]["transfer_gain"]["mean"] == pytest.approx(gain)
@@ -349,7 +350,7 @@ def test_attention_is_reported(inside, capsys):
     run = Run(inside(*options, *TINY, "--encoder", "attention", "--heads", "2")["run_dir"]).json
     shares = run["latent"]["attention"]
     assert len(shares) == 2 and all(0 < share <= 1 + 1e-6 for share in shares)
-    assert f"attention: heads spread their weight over {shares[0]:.0%}" in capsys.readouterr().out
+    assert f"attention: a head's weights are spread over {shares[0]:.0%}, {shares[1]:.0%} of" in capsys.readouterr().out
 
 
 class Recorder:
