@@ -71,7 +71,7 @@ class Args:
     """Portfolio-v0, or any Gymnasium id with vector observations and continuous actions, to check the algorithm itself: one
     task, unless its reset takes options={"tasks": integers}, as that of Navigation2D-v0 does"""
     market: str = TASK_SETS["portfolio-signal"]
-    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...], see KNOWN below for one of them; with
+    """sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...], see KNOWN below for two of them; with
     the prefix shuffled:, bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py); each history
     of it is a task (sets of tasks: envs/tasks.py)"""
     symbols: tuple[str, ...] = ()
@@ -175,7 +175,7 @@ class Args:
     """stop after so many of them without a better score (0: never); the best model is kept in any case"""
 
 
-# What changes for markets whose best policy is known: the terms that its derivation assumes.
+# What changes for markets whose best policy is known: without costs it looks one bar ahead.
 MYOPIC = dict(
     portfolio=PortfolioConfig(costs="zero", constraints="long_short", gross=2.0, asset_cap=2.0, scale=0.5), gamma=0.0,
 )  # fmt: skip
@@ -306,6 +306,7 @@ class AttentionEncoder(nn.Module):
         return mean, log_precision.clamp(-20.0, 10.0).exp() * (count > 0)[:, None, None]
 
 
+# encoder(context (n, C, D), steps known (n,)) -> means and precisions (n, k, L) of k Gaussian factors, precision 0 where unknown
 ENCODERS = {"product": ProductEncoder, "gru": GRUEncoder, "attention": AttentionEncoder}
 
 
@@ -709,9 +710,7 @@ if __name__ == "__main__":
         visited = torch.randperm(args.num_tasks)[: args.num_envs]
         ranges = torch.cat([2 * visited, 2 * visited + 1]) if is_market else visited
         shown, learned = slice(args.num_envs), slice(-args.num_envs, None)
-        obs, _ = begin(
-            train_envs, derived_seed(args.seed, iteration), ranges.numpy()
-        )  # all starts anew: no state of markets is to be kept
+        obs, _ = begin(train_envs, derived_seed(args.seed, iteration), ranges.numpy())
         visited = visited.to(device)
         known[visited], finished_returns, seen = 0, [], []
         episode_return.zero_()
@@ -798,7 +797,8 @@ if __name__ == "__main__":
         sys.exit(f"{failure}; the last good checkpoint, if any, is in {run_dir}")
     if is_market:
         agent.load_state_dict(best_model)
-        frames, prior = {split: backtest(split) for split in splits}, torch.zeros((len(splits["test"].ranges), args.latent))
+        frames = {split: backtest(split) for split in splits}
+        prior = torch.zeros((len(splits["test"].ranges), args.latent), device=device)
         ledger.write_ledger(run_dir / "ledger.parquet", pd.concat(frames.values(), ignore_index=True))
         compared = {"agent": frames["test"], "unadapted": backtest("test", acting(prior))}
         compared |= portfolio_references.references(data, splits["test"], risk_aversion)
