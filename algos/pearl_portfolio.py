@@ -306,7 +306,7 @@ class AttentionEncoder(nn.Module):
         return mean, log_precision.clamp(-20.0, 10.0).exp() * (count > 0)[:, None, None]
 
 
-# encoder(context (n, C, D), steps known (n,)) -> means and precisions (n, k, L) of k Gaussian factors, precision 0 where unknown
+# encoder(context (n, C, D), steps known (n,)) -> means and precisions (n, k, L) of k Gaussian factors; precision 0: unknown
 ENCODERS = {"product": ProductEncoder, "gru": GRUEncoder, "attention": AttentionEncoder}
 
 
