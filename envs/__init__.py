@@ -28,7 +28,8 @@ _writable = _here if os.access(_here, os.W_OK) else Path.home() / ".cache" / "cl
 numba.config.CACHE_DIR = str(Path(numba.config.CACHE_DIR or _writable / "__pycache__") / f"numba-{_sources}")
 
 for _name, _module in (
-    ("LeadLag", "leadlag"), ("Portfolio", "portfolio"), ("Trading", "trading"), ("Bandits", "bandits"),
+    ("LeadLag", "leadlag"), ("Portfolio", "portfolio"), ("Trading", "trading"), ("Navigation2D", "navigation"),
+    ("Bandits", "bandits"),
 ):  # fmt: skip
     gym.register(
         id=f"{_name}-v0",

@@ -211,11 +211,12 @@ class GarleanuPedersen(Histories):
 
     Symbol i's simple return of bar t+1 is factor f_i(t), known at the close of bar t, plus noise; f_i reverts to 0 by the
     share `reversion` a bar, slow for the even symbols, fast for the odd ones. No gaps: a bar opens where the last one closed.
-    The factor is the panel's extra series "factor".
+    The factor is the panel's extra series "factor". With `sign` -1 the return is the opposite of what it says.
     """
 
     assets: int = 4
     train: int = 100
+    sign: float = 1.0
     vol: float = 0.01
     strength: float = 0.2  # standard deviation of the factor, in units of vol
     reversion_slow: float = 0.03
@@ -226,6 +227,8 @@ class GarleanuPedersen(Histories):
         for key in ("vol", "strength"):
             if not 0 < getattr(self, key) < 1:
                 raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected a number between 0 and 1")
+        if abs(self.sign) != 1:
+            raise ValueError(f"synthetic market: sign={self.sign}: expected 1 or -1")
         for key in ("reversion_slow", "reversion_fast"):
             if not 0 < getattr(self, key) <= 1:
                 raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected a number in (0, 1]")
@@ -238,7 +241,7 @@ class GarleanuPedersen(Histories):
         for t in range(1, self.bars):
             factor[t] += (1.0 - reversion) * factor[t - 1]
         factor *= self.strength * self.vol
-        expected = np.concatenate([np.zeros((1, self.assets)), factor[:-1]])
+        expected = self.sign * np.concatenate([np.zeros((1, self.assets)), factor[:-1]])
         returns = np.maximum(expected + self.vol * rng.standard_normal(shape), -0.99)
         hidden = {"expected_return": expected, "reversion": np.tile(reversion, (self.bars, 1))}
         hidden["volatility"] = np.full(shape, self.vol)

@@ -167,6 +167,12 @@ def grpo_agent(module, saved):
     return module.Agent(args, len(saved["model"]["symbol"]), len(saved["model"]["mean"]))
 
 
+def pearl_agent(module, saved):
+    args = module.Args(**{**saved["args"], "portfolio": PortfolioConfig(**saved["args"]["portfolio"])})
+    obs_size, actions = len(saved["model"]["norm.mean"]), len(saved["model"]["reach"])
+    return module.Agent(obs_size, actions, args.episodes * args.episode_length, args)
+
+
 def sole_specialist(agent):
     """What an agent of a single specialist is to the tests of PPO."""
 
@@ -280,6 +286,27 @@ SCRIPTS = {
             scored=0.49,  # the second half; memories adapt on the first
             idles=False,  # its actions are drawn
             unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
+            logs=False,
+        ),
+        Script(
+            name="pearl_portfolio",
+            env_id="Portfolio-v0",
+            market="synthetic:merton:drift=-0.003|0.003:vol=0.03:bars=300:train=2:val=1:test=2",
+            sizes=("--num-envs", "2", "--episodes", "2", "--episode-length", "128"),
+            own=("--gradient-steps", "8", "--meta-batch", "3", "--batch-size", "16", "--hidden", "16", "--buffer-size", "600"),
+            given={
+                "portfolio": {"constraints": "long_short", "gross": 2.0}, "num_envs": 2, "num_tasks": 2, "episode_length": 128,
+                "buffer_size": 600, "gamma": 0.0,
+            },
+            score="utility",
+            others=("unadapted", "equal weight", "closed form"),
+            costs="zero",
+            make_agent=pearl_agent,
+            losses=("actor_loss", "critic_loss", "kl", "alpha_loss", "alpha", "entropy", "q"),
+            kept=("target", "buffers"),
+            numbers=("last_100_returns",),
+            columns=(*LEDGER[:-1], *GUARDS, "action", "parameter_drift"),
+            unexplained=("costs",),
             logs=False,
         ),
         PPOScript(
