@@ -496,7 +496,7 @@ if __name__ == "__main__":
         return adapt(envs, np.arange(len(splits[split].ranges)))
 
     def policy_of(early, late=None, begins=0):
-        """The most likely actions of K markets under weights `early` (name -> (K, ...)), from row `begins` (K,) under `late`."""
+        """The most likely actions in K markets under weights `early` (name -> (K, ...)), from row `begins` on under `late`."""
 
         def policy(observation, mask, rows):
             with torch.no_grad():
