@@ -1,6 +1,7 @@
 """algos/maml_leadlag.py: its meta-gradient against finite differences, its estimates against slow definitions, its episodes
 stepped again, and what evaluation may see."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -280,7 +281,7 @@ def test_a_rollout_is_one_episode_of_every_point(script):
     with torch.no_grad():
         params = {name: p.clone() for name, p in agent.for_tasks(3).items()}
         goals = torch.stack([torch.as_tensor(goal_of(int(task))) for task in tasks])
-        params["bias2"][:] = 20 * goals.float()  # towards the goal and across: some arrive
+        params["bias2"][:] = goals[:, None].float()  # ten noisy steps to the goal, and past it: some arrive
         agent.norm.mean.fill_(0.1)
     envs = script.module.make_envs(args, None, None, 3)
     batch = script.module.rollout(agent, params, envs, tasks, 5, args)
@@ -304,7 +305,7 @@ def test_a_rollout_is_one_episode_of_every_point(script):
     with torch.no_grad():
         torch.testing.assert_close(batch.logprobs, agent.log_prob(params, batch.x, batch.mask, batch.actions))
     moves = batch.actions.view(3, -1, 2).mean(dim=1) - params["bias2"][:, 0]  # each under its task's weights
-    assert moves.abs().max() < 0.3 and (params["bias2"][0] - params["bias2"][1]).abs().max() > 1
+    assert moves.abs().max() < 0.1 and (goals[0] - goals[2]).abs().max() > 0.3
 
 
 def test_training_adapts_on_first_parts_and_earns_in_second_ones(script, inside):
@@ -335,8 +336,6 @@ def test_what_is_scored_was_not_adapted_on(script, inside, monkeypatch):
     rng, close = np.random.default_rng(0), panel.close.copy()
     for start, stop in cut:
         close[start:stop] *= np.exp(0.05 * rng.standard_normal((stop - start, close.shape[1])).cumsum(axis=0))
-    from dataclasses import replace
-
     tampered = replace(panel, close=close, open=None, high=None, low=None, volume=None)
     plain = replace(panel, open=None, high=None, low=None, volume=None)
     found = {}
@@ -352,16 +351,13 @@ def test_the_ledger_is_unadapted_first_and_adapted_later(script, inside):
     g = inside(*script.short, "--total-timesteps", "2048", "--inner-lr", "50")
     frame, parts = g["frames"]["test"], g["parts"]["test"]
     plain = g["backtest"](g["splits"]["test"], g["policy_of"](g["stages"][0]))
-    adapted = g["backtest"](g["splits"]["test"], g["policy_of"](g["stages"][-1]))
     for k, cut in enumerate(parts[1].ranges[:, 0]):
         late = g["panel"].timestamps[cut]  # a row's timestamp is that of its mark, the bar after the decision
         rows = frame["market"] == k
         before, after = rows & (frame["timestamp"] <= late), rows & (frame["timestamp"] > late)
         assert before.any() and after.any()
-        pytest_frames = [table.loc[before, "action"].to_numpy() for table in (frame, plain)]
-        assert np.array_equal(*pytest_frames)
-    differs = (adapted["action"] != plain["action"]).mean()
-    assert differs > 0.2 and (frame["action"] != plain["action"]).any()
+        assert (frame["action"] == plain["action"])[before].all()
+        assert (frame["action"] != plain["action"])[after].mean() > 0.1
 
 
 def test_the_report_is_of_second_parts(script, inside):
