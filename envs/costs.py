@@ -4,6 +4,7 @@ Money is counted in fractions of the equity at the last mark, so that one step n
 market impact knows the account's size, through `Costs.capital`.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
@@ -102,10 +103,18 @@ PRESETS = {
 }
 
 
-def parse_options(text: str, default, flag: str):
-    """`key=value:key=value` applied to a dataclass instance, each value converted to the type of its default.
+def as_number(key: str, kind: type, text: str):
+    """`text` as a value of type `kind`; `key` does not matter. Raises ValueError saying what was expected."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"expected {kind.__name__}") from None
 
-    Raises ValueError naming `flag`, the key, and what was expected.
+
+def parse_values(text: str, default, flag: str, convert: Callable[[str, type, str], object] = as_number) -> dict:
+    """`key=value:key=value` for a dataclass as {key: value}; convert(key, type of the field, text) makes the values.
+
+    Raises ValueError naming `flag`, the key, and what was expected; so does `convert`, without the first two.
     """
     types = {f.name: f.type for f in fields(default) if f.name != "name"}
     values = {}
@@ -115,9 +124,18 @@ def parse_options(text: str, default, flag: str):
             expected = f"key=value with key one of {sorted(types)}" if types else "none"
             raise ValueError(f"{flag}: unknown option {option!r}; expected {expected}")
         try:
-            values[key] = types[key](value)
-        except ValueError:
-            raise ValueError(f"{flag}: {key}={value!r}: expected {types[key].__name__}") from None
+            values[key] = convert(key, types[key], value)
+        except ValueError as error:
+            raise ValueError(f"{flag}: {key}={value!r}: {error}") from None
+    return values
+
+
+def parse_options(text: str, default, flag: str):
+    """`key=value:key=value` applied to a dataclass instance, each value converted to the type of its default.
+
+    Raises ValueError naming `flag`, the key, and what was expected.
+    """
+    values = parse_values(text, default, flag)
     try:
         return replace(default, **values)
     except ValueError as error:

@@ -99,8 +99,10 @@ def _run_weights(ex, rates, first, steps, targets, records):
 def _frame(panel, split, first, steps, records, actions, extra=(), labels=None):
     """Records (steps, markets, fields) as a ledger, one market after the other.
 
-    extra: names of the fields beyond RECORD. labels: further columns, name -> (markets,).
+    extra: names of the fields beyond RECORD. labels: further columns, name -> (markets,). So are `parameter_<name>`, what the
+    history drew for itself (`Panel.parameters`).
     """
+    labels = (labels or {}) | {f"parameter_{name}": values for name, values in panel.parameters_at(first).items()}
     parts = []
     for r in range(len(first)):
         frame = pd.DataFrame(records[: steps[r], r], columns=[*RECORD, *extra])
@@ -109,7 +111,7 @@ def _frame(panel, split, first, steps, records, actions, extra=(), labels=None):
         frame.insert(0, "split", split.name)
         flat = actions[: steps[r], r].reshape(steps[r], -1)
         frame["action"] = flat[:, 0] if flat.shape[1] == 1 else list(flat)
-        for name, values in (labels or {}).items():
+        for name, values in labels.items():
             frame[name] = values[r]
         parts.append(frame)
     return pd.concat(parts, ignore_index=True)

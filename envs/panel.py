@@ -77,6 +77,7 @@ class Panel:
     extras: named input series besides prices, such as forecasts: (T, N) or (T,) float64; row t is known at the close of
         bar t, NaN where nothing is known yet.
     timezone: "UTC" if the source named a time zone (times are converted), None if it did not.
+    parameters: what each history of a synthetic market drew for itself, name -> (S,) float64; NaN where it does not apply.
 
     Raises PanelError, naming the symbol and the 0-based panel row, if any of this does not hold, if a price is not
     positive, a volume negative, or a high or low is inconsistent with the other prices beyond float32 rounding.
@@ -95,6 +96,7 @@ class Panel:
     hidden: dict[str, np.ndarray] = field(default_factory=dict)
     timezone: str | None = None
     extras: dict[str, np.ndarray] = field(default_factory=dict)
+    parameters: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         symbols = self.symbols
@@ -137,6 +139,10 @@ class Panel:
             len(self.segment_split) != len(lengths) or not set(self.segment_split) <= set(SPLIT_NAMES)
         ):
             raise PanelError(f"{self.name}: segment_split is {self.segment_split}, expected {len(lengths)} of {SPLIT_NAMES}")
+        for name, values in self.parameters.items():
+            if np.shape(values) != lengths.shape or values.dtype != np.float64 or np.isinf(values).any():
+                found = f"{np.asarray(values).dtype} {np.shape(values)}"
+                raise PanelError(f"{self.name}: parameter {name!r} is {found}, expected float64 {lengths.shape}, finite or NaN")
         steps = np.diff(self.timestamps)
         steps[self.segments[1:] - 1] = YEAR  # a new history may restart the clock
         back = np.flatnonzero(~(steps > np.timedelta64(0)))  # also true of NaT
@@ -179,6 +185,10 @@ class Panel:
         lengths = np.diff(self.segments, append=self.num_bars)
         return _read_only(np.repeat(np.arange(len(self.segments), dtype=np.int64), lengths))
 
+    def parameters_at(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Name -> (n,) float64: `parameters` of the histories that rows (n,) belong to."""
+        return {name: values[self.segment_of_row[rows]] for name, values in self.parameters.items()}
+
     @cached_property
     def present(self) -> np.ndarray:
         """(T, N) bool, where a symbol has a bar."""
@@ -201,7 +211,7 @@ class Panel:
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest over symbols, timestamps, every field, segments and extra series; not over the name."""
+        """Hex digest over symbols, timestamps, every field, segments and extra series; not over name, hidden and parameters."""
         digest = hashlib.sha256(json.dumps([self.symbols, list(self.fields)]).encode())
         digest.update(self.timestamps.astype("<i8").tobytes())
         digest.update(self.segments.astype("<i8").tobytes())
@@ -272,6 +282,7 @@ class Panel:
             hidden={key: self._cut(array, rows, columns) for key, array in self.hidden.items()},
             timezone=self.timezone,
             extras={name: self._cut(array, rows, columns) for name, array in self.extras.items()},
+            parameters={name: values[kept] for name, values in self.parameters.items()},
         )
 
     def resample(self, rule: str) -> "Panel":
@@ -323,6 +334,7 @@ class Panel:
             segment_split=self.segment_split,
             timezone=self.timezone,
             extras={name: values[last][some] for name, values in self.extras.items()},
+            parameters=self.parameters,
         )
 
     def split(self, train: float = 0.6, val: float = 0.2, embargo: int = 0) -> dict[str, Split]:

@@ -5,7 +5,8 @@
 - `crossed[:key=value...]:<market>`: training and validation on one half of its symbols, the test on the other, later.
 
 They nest (`shuffled:crossed:sp500`), and each draws from the seed. `Panel.hidden` is dropped: the truth about a bar told what
-the next one would be, which is now another, and closed forms hold for the market as it was.
+the next one would be, which is now another, and closed forms hold for the market as it was. `Panel.parameters` are kept where a
+history is made of one history, else dropped.
 """
 
 import re
@@ -108,7 +109,9 @@ class Bootstrap(Chronological):
             labels += [split.name] * histories
         starts = np.cumsum([0, *map(len, rows[:-1])])
         made = compound(panel, previous, np.concatenate(rows), starts)
-        return replace(panel, timestamps=np.concatenate(times), segments=starts, segment_split=tuple(labels), **made)
+        return replace(
+            panel, timestamps=np.concatenate(times), segments=starts, segment_split=tuple(labels), parameters={}, **made
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,10 @@ class Crossed(Chronological):
             extras={name: cut(values) for name, values in panel.extras.items()},
             segments=np.cumsum([0, *(len(rows) for rows, _, _ in parts[:-1])]),
             segment_split=tuple(label for _, _, label in parts),
+            parameters={
+                name: values[panel.segment_of_row[[rows[0] for rows, _, _ in parts]]]
+                for name, values in panel.parameters.items()
+            },
         )
 
 

@@ -188,6 +188,7 @@ def _training(panel: Panel, split: Split) -> Panel:
         segments=np.flatnonzero(np.append(True, ~_consecutive(panel, rows))),
         segment_split=None,
         hidden={},
+        parameters={},
         extras={name: values[rows] for name, values in panel.extras.items()},
     )
 

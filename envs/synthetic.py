@@ -13,14 +13,14 @@ from numba import njit
 from scipy.signal import lfilter
 from scipy.stats import norm
 
-from envs.costs import parse_options
+from envs.costs import parse_values
 from envs.files import load_panel
 from envs.histories import INTRADAY, OVERNIGHT, Histories
-from envs.panel import Panel, PanelError
+from envs.panel import SPLIT_NAMES, Panel, PanelError
+from envs.randomisation import drawn_or_number, randomised
 from envs.resampled import is_resampled, resampled, source_of
 from envs.synthetic_modes import Modes
 
-SPLITS = ("train", "val", "test")
 SLOW, FAST = 0, 1  # values of hidden["regime"] on the lead-lag market
 OPEN, CROWDED = 0, 1  # and on the hidden one
 WARM_UP = 60  # bars before Portfolio-v0's first decision, at which an option is sold
@@ -121,7 +121,8 @@ class Hidden(Histories):
     filled at the open, loses then what it earns while the regime is OPEN. From close to close both are the same: no lagged
     correlation tells them apart. The extra series "news" does, slowly: each bar's is standard normal around `news` while OPEN,
     around -`news` while CROWDED, so that one bar's is right in Phi(news) of cases (0.66 for 0.4), and a memory of many in
-    nearly all. A regime lasts `regime_bars` on average. Volatilities and strengths are per bar.
+    nearly all. A regime lasts `regime_bars` on average. Volatilities and strengths are per bar. All assets
+    drift by `drift`, in units of vol, in the session while OPEN, and by its opposite while CROWDED.
     """
 
     leaders: int = 2
@@ -133,6 +134,7 @@ class Hidden(Histories):
     life_fast: int = 80
     regime_bars: float = 150.0
     news: float = 0.4
+    drift: float = 0.0
 
     def __post_init__(self):
         Histories.__post_init__(self)
@@ -158,7 +160,7 @@ class Hidden(Histories):
         roles = np.where(swapped[:, None], -1.0, 1.0) * rng.permuted(self._sides())
         strong[:, second] = self.beta_fast * self._reaction(shock[:, second], roles)
         crowded = (regime == CROWDED)[:, None]
-        expected = faint + np.where(crowded, -strong, strong)  # of the session
+        expected = faint + np.where(crowded, -strong - self.drift, strong + self.drift)  # of the session
         intraday += expected
         overnight += np.where(crowded, 2.0 * strong, 0.0)
         expected *= self.vol
@@ -406,6 +408,7 @@ MARKETS = {
 def make_panel(spec: str, seed: int = 0) -> Panel:
     """The panel of `synthetic:<name>[:key=value...]`: its histories one after another, labelled train, val, test.
 
+    A value may be one that every history draws for itself (`envs/randomisation.py`), which `Panel.parameters` then holds.
     History j of a split is drawn from the seed sequence (seed, split, j) alone: the test markets do not depend on
     how many training markets there are. Raises PanelError naming the flag, the key, and what was expected.
     """
@@ -413,26 +416,23 @@ def make_panel(spec: str, seed: int = 0) -> Panel:
     name, _, options = rest.partition(":")
     if name not in MARKETS:
         raise PanelError(f"--market {spec}: unknown synthetic market {name!r}; expected one of {sorted(MARKETS)}")
+    flag, default = f"--market {spec}", MARKETS[name]()
     try:
-        config = parse_options(options, MARKETS[name](), f"--market {spec}")
+        values = parse_values(options, default, flag, drawn_or_number)
     except ValueError as error:
         raise PanelError(str(error)) from None
-    labels = [label for label in SPLITS for _ in range(getattr(config, label))]
-    drawn = [
-        config.draw(np.random.default_rng([seed, SPLITS.index(label), j]))
-        for label in SPLITS
-        for j in range(getattr(config, label))
-    ]
+    try:
+        histories, configs, parameters = randomised(default, values, seed)
+    except ValueError as error:
+        raise PanelError(f"{flag}: {error}") from None
+    config = configs[0]
+    drawn = [own.draw(np.random.default_rng([seed, *key])) for own, key in zip(configs, histories)]
     segments = np.arange(len(drawn)) * config.bars
     overnight, intraday = (np.stack([d[part] for d in drawn]) for part in (0, 1))
     log_close = np.log(100.0) + np.cumsum(overnight + intraday, axis=1)
     close, open_ = np.exp(log_close), np.exp(log_close - intraday)
     # the range of a bar: a few ticks beyond open and close, from a generator of its own for each history
-    draws = [
-        np.random.default_rng([seed, SPLITS.index(label), j, 1]).exponential(0.25, (2, *close.shape[1:]))
-        for label in SPLITS
-        for j in range(getattr(config, label))
-    ]
+    draws = [np.random.default_rng([seed, *key, 1]).exponential(0.25, (2, *close.shape[1:])) for key in histories]
     reach = np.stack(draws, axis=1) * np.abs(intraday)
     shape = (-1, config.assets)
     calendar = np.busday_offset("2000-01-03", np.arange(config.bars), roll="forward").astype("datetime64[ns]")
@@ -446,10 +446,11 @@ def make_panel(spec: str, seed: int = 0) -> Panel:
         low=(np.minimum(open_, close) * np.exp(-reach[1])).reshape(shape),
         volume=np.full((len(drawn) * config.bars, config.assets), 1e6),
         segments=segments,
-        segment_split=tuple(labels),
+        segment_split=tuple(SPLIT_NAMES[split] for split, _ in histories),
         hidden={key: np.concatenate([d[2][key] for d in drawn]) for key in drawn[0][2]},
         extras={key: np.concatenate([d[3][key] for d in drawn]) for key in drawn[0][3]},
         timezone=None,
+        parameters=parameters,
     )
 
 

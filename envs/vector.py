@@ -186,7 +186,7 @@ class MarketVectorEnv(gym.vector.VectorEnv):
             raise ValueError(f"episode_length={episode_length}: expected 0 or more bars")
         self.episode_length, self.random_start = episode_length, random_start
         self.num_envs = num_envs
-        self.split = split
+        self.panel, self.split = panel, split
         self.metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (observation_size,), np.float32)
         self.single_action_space = action_space
@@ -320,6 +320,8 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         infos = {"row": own(self._state.t)}
         if self.takes_tasks:
             infos["range"] = own(self._state.range)
+        if self.panel.parameters:  # what the history of the present episode drew for itself
+            infos["parameters"] = self.panel.parameters_at(self._state.t)
         if b.mask.shape[1]:
             infos["action_mask"] = own(b.mask)
         if done is not None:
@@ -382,6 +384,8 @@ class MarketEnv(gym.Env):
             info["row"] = info["decided_at"] + 1
             if "range" in info:
                 info["range"] = now
+            if "parameters" in info:
+                info["parameters"] = {k: v[0] for k, v in self.vector.panel.parameters_at(infos["decided_at"]).items()}
             obs = infos["final_obs"]
             if "action_mask" in info:
                 info["action_mask"] = info["final_action_mask"]

@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import kstest
 
 from envs import portfolio_tables
-from envs.panel import PanelError
-from envs.synthetic import CROWDED, FAST, MARKETS, OPEN, SLOW, SPLITS, WARM_UP, load_market, make_panel
+from envs.panel import SPLIT_NAMES, PanelError
+from envs.synthetic import CROWDED, FAST, MARKETS, OPEN, SLOW, WARM_UP, load_market, make_panel
 
 MANY = "synthetic:leadlag:bars=2000:train=4:val=1:test=1"
 
@@ -35,14 +35,14 @@ def test_panel_is_a_function_of_the_seed(market):
     assert panels[0].name == spec
     for key, truth in panels[0].hidden.items():
         np.testing.assert_array_equal(truth, panels[1].hidden[key])
-    closes = {panels[0].close[rows].tobytes() for split in SPLITS for rows in histories(panels[0], split)}
+    closes = {panels[0].close[rows].tobytes() for split in SPLIT_NAMES for rows in histories(panels[0], split)}
     assert len(closes) == 4, "two histories are the same"
 
 
 @pytest.mark.parametrize("market", sorted(MARKETS))
 def test_a_history_does_not_depend_on_how_many_others_there_are(market):
     few, many = (make_panel(f"synthetic:{market}:bars=300:train={n}:val={n}:test={n}", seed=4) for n in (1, 3))
-    for split in SPLITS:
+    for split in SPLIT_NAMES:
         for a, b in zip(histories(few, split), histories(many, split)):
             for kind in ("fields", "hidden", "extras"):
                 assert getattr(few, kind).keys() == getattr(many, kind).keys()
@@ -52,8 +52,8 @@ def test_a_history_does_not_depend_on_how_many_others_there_are(market):
 
 def test_splits_are_the_labelled_histories():
     panel = make_panel("synthetic:noise:bars=300:train=3:val=1:test=2")
-    assert [len(histories(panel, split)) for split in SPLITS] == [3, 1, 2]
-    assert all(rows.stop - rows.start == 300 for split in SPLITS for rows in histories(panel, split))
+    assert [len(histories(panel, split)) for split in SPLIT_NAMES] == [3, 1, 2]
+    assert all(rows.stop - rows.start == 300 for split in SPLIT_NAMES for rows in histories(panel, split))
 
 
 def test_reported_expectation_is_the_conditional_mean():
@@ -83,7 +83,7 @@ def test_the_network_leads_by_lag_with_the_planted_sign(lag):
     """Leaders fixed, no give-back: only they lead, by `lag` bars, and with correlation beta * volatility share."""
     spec = f"synthetic:leadlag:bars=3000:train=1:val=1:test=1:assets=4:leaders=1:followers=2:retrace=0:lag={lag}"
     panel = make_panel(f"{spec}:life_slow=1e12:life_fast=1e12:regime_bars=1e12:beta_slow=0.5:beta_fast=0.5", seed=2)
-    for history in (rows for split in SPLITS for rows in histories(panel, split)):
+    for history in (rows for split in SPLIT_NAMES for rows in histories(panel, split)):
         returns = np.diff(np.log(panel.close[history]), axis=0)
         signs = panel.hidden["expected_return"][history]
         followers = np.flatnonzero(np.abs(signs).sum(axis=0) > 0)
@@ -163,7 +163,7 @@ def test_regimes_of_the_hidden_market_look_alike_from_close_to_close(hidden):
 def test_sides_of_the_strong_network_change_places_and_leaders_come_first():
     """Every 50 bars; what moves the followers is the leaders' bar before, and nothing of the same bar."""
     panel = make_panel("synthetic:hidden:bars=3000:train=2:val=1:test=1:life_fast=50:beta_slow=0", 4)
-    for history in (rows for split in SPLITS for rows in histories(panel, split)):
+    for history in (rows for split in SPLIT_NAMES for rows in histories(panel, split)):
         expected = (
             panel.hidden["expected_return"][history][1:] * np.where(panel.hidden["regime"][history][1:] == OPEN, 1, -1)[:, None]
         )
