@@ -31,7 +31,7 @@ from envs.costs import RUIN
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.navigation import TRAINING_TASKS
 from envs.synthetic import load_market
-from envs.tasks import halves
+from envs.tasks import TASK_SETS, halves
 
 MARKET_ENV = "LeadLag-v0"
 EVALUATION = 0  # where the seeds of training have the iteration, from 1
@@ -64,9 +64,10 @@ class Args:
 
     env_id: str = MARKET_ENV
     """LeadLag-v0, or the id of a task whose reset takes options={"tasks": ...}, to check the algorithm: Navigation2D-v0"""
-    market: str = "synthetic:hidden:news=0:regime_bars=1e9:bars=1000:train=100:val=20:test=40"
-    """a task is one of its histories; sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...];
-    with the prefix shuffled:, bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py)"""
+    market: str = "bull-bear"
+    """bull-bear, mixed or planted-lag, sets of tasks (envs/tasks.py); or any market, of which each range of bars is a task:
+    sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]; with the prefix shuffled:,
+    bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py)"""
     symbols: tuple[str, ...] = ()
     """symbols of the market to keep (all by default)"""
     start: str | None = None
@@ -406,8 +407,9 @@ if __name__ == "__main__":
     try:
         if is_market:
             panel = load_market(
-                args.market, args.seed, symbols=args.symbols or None, start=args.start, end=args.end, resample=args.resample
-            )
+                TASK_SETS.get(args.market, args.market), args.seed, symbols=args.symbols or None, start=args.start,
+                end=args.end, resample=args.resample,
+            )  # fmt: skip
             if args.folds:
                 if not 0 <= args.fold < args.folds:
                     raise ValueError(f"--fold {args.fold}: expected 0 to {args.folds - 1}, for --folds {args.folds}")
