@@ -376,7 +376,7 @@ def test_the_report_is_of_second_parts(script, inside):
 
 
 def test_further_updates_have_a_step_size_of_their_own(script, inside, monkeypatch):
-    g = inside(*script.short, "--total-timesteps", "1024", "--inner-steps", "2", "--updates", "4", "--further-lr", "0.03")
+    g = inside(*script.short, "--total-timesteps", "1024", "--inner-steps", "2", "--updates", "4", "--further-lr", "0.03", "--inner-lr", "0.1")
     own, sizes = g["adapt"].__globals__, []
     monkeypatch.setitem(
         own, "inner_update", lambda a, p, b, size, _call=own["inner_update"]: sizes.append(size) or _call(a, p, b, size)
