@@ -175,7 +175,7 @@ def test_the_gate_knows_its_specialists_on_every_seed(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_one_update_finds_the_way_to_a_goal(tmp_path, seed):
-    """2D navigation with a sixth of the published training, on held-out goals: -40.4 and -11.7 are published after 0 and 1 updates."""
+    """2D navigation with a sixth of the published training, on held-out goals; published after 0 and 1: -40.4 and -11.7."""
     options = ["--env-id", "Navigation2D-v0", "--total-timesteps", "6400000", "--seed", str(seed)]
     report = train(MAML, tmp_path, *options)["adaptation"]
     found = [stage["mean"] for stage in report["stages"]]

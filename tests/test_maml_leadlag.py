@@ -281,7 +281,7 @@ def test_a_rollout_is_one_episode_of_every_point(script):
     with torch.no_grad():
         params = {name: p.clone() for name, p in agent.for_tasks(3).items()}
         goals = torch.stack([torch.as_tensor(goal_of(int(task))) for task in tasks])
-        params["bias2"][:] = goals[:, None].float()  # ten noisy steps to the goal, and past it: some arrive
+        params["bias2"][:] = goals.float()  # ten noisy steps to the goal, and past it: some arrive
         agent.norm.mean.fill_(0.1)
     envs = script.module.make_envs(args, None, None, 3)
     batch = script.module.rollout(agent, params, envs, tasks, 5, args)
@@ -304,7 +304,7 @@ def test_a_rollout_is_one_episode_of_every_point(script):
     torch.testing.assert_close(batch.x, agent.norm(batch.obs))
     with torch.no_grad():
         torch.testing.assert_close(batch.logprobs, agent.log_prob(params, batch.x, batch.mask, batch.actions))
-    moves = batch.actions.view(3, -1, 2).mean(dim=1) - params["bias2"][:, 0]  # each under its task's weights
+    moves = batch.actions.view(3, -1, 2).mean(dim=1) - params["bias2"]  # each under its task's weights
     assert moves.abs().max() < 0.1 and (goals[0] - goals[2]).abs().max() > 0.3
 
 
@@ -376,7 +376,8 @@ def test_the_report_is_of_second_parts(script, inside):
 
 
 def test_further_updates_have_a_step_size_of_their_own(script, inside, monkeypatch):
-    g = inside(*script.short, "--total-timesteps", "1024", "--inner-steps", "2", "--updates", "4", "--further-lr", "0.03", "--inner-lr", "0.1")
+    sizes = ("--inner-lr", "0.1", "--further-lr", "0.03")
+    g = inside(*script.short, "--total-timesteps", "1024", "--inner-steps", "2", "--updates", "4", *sizes)
     own, sizes = g["adapt"].__globals__, []
     monkeypatch.setitem(
         own, "inner_update", lambda a, p, b, size, _call=own["inner_update"]: sizes.append(size) or _call(a, p, b, size)
@@ -386,7 +387,7 @@ def test_further_updates_have_a_step_size_of_their_own(script, inside, monkeypat
 
 
 def test_evaluation_changes_nothing_in_training(script, inside):
-    runs = [inside(*script.short, "--eval-every", every, "--updates", "2") for every in ("5", "20")]
+    runs = [inside(*script.short, "--total-timesteps", "3072", "--eval-every", every) for every in ("1", "3")]
     assert_same_content(*(dict(g["optimizer"].state_dict())["state"] for g in runs), "optimizer")
 
 
@@ -395,6 +396,8 @@ def test_evaluation_changes_nothing_in_training(script, inside):
 
 class Arms(gym.vector.VectorEnv):
     """Ten pulls of two arms; the task's parity says which one pays."""
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
 
     def __init__(self, num_envs):
         self.num_envs = num_envs
@@ -423,12 +426,12 @@ def arms(monkeypatch):
     return ["--env-id", "Arms-v0", "--num-steps", "10", "--hidden", "8", "--tasks-per-batch", "10", "--episodes-per-task", "10"]
 
 
-@pytest.mark.parametrize("order", [(), ("--first-order",)], ids=["second", "first"])
-def test_learns_to_adapt(inside, arms, order):
-    """One update tells which arm pays. Nothing can be known before."""
-    g = inside(*arms, *order, "--total-timesteps", "240000", "--learning-rate", "0.01", "--eval-tasks", "20")
+@pytest.mark.parametrize("order, least", [((), 9.5), (("--first-order",), 7.5)], ids=["second", "first"])
+def test_learns_to_adapt(inside, arms, order, least):
+    """One update tells which of two arms pays; nothing can be known before. What the first order leaves out matters."""
+    g = inside(*arms, *order, "--total-timesteps", "100000", "--learning-rate", "0.01", "--eval-tasks", "20")
     stages = [stage["mean"] for stage in g["run"]["adaptation"]["stages"]]
-    assert stages[0] == pytest.approx(5, abs=1.5) and stages[1] > 8.5 and stages[3] > stages[1], stages
+    assert abs(stages[0] - 5) < 1.5 and stages[1] > least, stages
 
 
 def test_an_interrupted_run_of_a_test_task_goes_on(script, inside, arms, monkeypatch):
