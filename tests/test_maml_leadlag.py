@@ -277,11 +277,11 @@ def test_a_rollout_is_one_episode_of_every_point(script):
     """Stepped again through the public API, task by task in the order of the batch."""
     args, tasks = navigation_args(script), np.array([3, 11, 4])
     torch.manual_seed(1)
-    agent = script.module.Agent(2, 2, True, 8, -2.0)
+    agent = script.module.Agent(2, 2, True, 8, -3.5)
     with torch.no_grad():
         params = {name: p.clone() for name, p in agent.for_tasks(3).items()}
         goals = torch.stack([torch.as_tensor(goal_of(int(task))) for task in tasks])
-        params["bias2"][:] = goals.float()  # ten noisy steps to the goal, and past it: some arrive
+        params["bias2"][:] = goals.float()  # ten steps to the goal, noisy, and past it: some arrive
         agent.norm.mean.fill_(0.1)
     envs = script.module.make_envs(args, None, None, 3)
     batch = script.module.rollout(agent, params, envs, tasks, 5, args)
@@ -426,12 +426,12 @@ def arms(monkeypatch):
     return ["--env-id", "Arms-v0", "--num-steps", "10", "--hidden", "8", "--tasks-per-batch", "10", "--episodes-per-task", "10"]
 
 
-@pytest.mark.parametrize("order, least", [((), 9.5), (("--first-order",), 7.5)], ids=["second", "first"])
-def test_learns_to_adapt(inside, arms, order, least):
-    """One update tells which of two arms pays; nothing can be known before. What the first order leaves out matters."""
-    g = inside(*arms, *order, "--total-timesteps", "100000", "--learning-rate", "0.01", "--eval-tasks", "20")
+@pytest.mark.parametrize("order, steps", [((), 60_000), (("--first-order",), 160_000)], ids=["second", "first"])
+def test_learns_to_adapt(inside, arms, order, steps):
+    """One update tells which of two arms pays; nothing can be known before. The first order alone takes longer."""
+    g = inside(*arms, *order, "--total-timesteps", str(steps), "--learning-rate", "0.01", "--eval-tasks", "20")
     stages = [stage["mean"] for stage in g["run"]["adaptation"]["stages"]]
-    assert abs(stages[0] - 5) < 1.5 and stages[1] > least, stages
+    assert abs(stages[0] - 5) < 1.5 and stages[1] > 8.0, stages
 
 
 def test_an_interrupted_run_of_a_test_task_goes_on(script, inside, arms, monkeypatch):
