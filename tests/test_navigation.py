@@ -105,9 +105,10 @@ def test_the_single_env_is_the_vector_env():
     rng = np.random.default_rng(0)
     for n in range(2 * HORIZON + 3):
         assert info["parameters"] == {"goal_x": vector._goal[0, 0], "goal_y": vector._goal[0, 1]}, n
-        move = rng.uniform(-0.1, 0.1, 2)
+        move, sought = rng.uniform(-0.1, 0.1, 2), info
         obs, reward, terminated, truncated, info = single.step(move)
         expected = vector.step(move[None])
+        assert info == sought  # also with the last step, after which another goal is drawn
         over = terminated or truncated
         assert_same_bits(obs, (expected[4]["final_obs"] if over else expected[0])[0], "obs")
         assert (reward, terminated, truncated) == (expected[1][0], expected[2][0], expected[3][0])
