@@ -210,6 +210,20 @@ def test_sampling_follows_the_probabilities(script, tiny):
         assert (greedy[k] == p.argmax()).all()
 
 
+@pytest.mark.parametrize("number, first", [(0.0, True), (1 - 2**-24, False)], ids=["least", "greatest"])
+def test_the_first_or_last_allowed_action_at_the_ends_of_the_unit_interval(script, monkeypatch, number, first):
+    """The least and the greatest number that torch.rand can return, where probabilities add up to 1 but for rounding."""
+    torch.manual_seed(0)
+    agent, x = script.module.Agent(OBS, 8, False, HIDDEN, 0.0), torch.randn((1, 3000, OBS))
+    with torch.no_grad():
+        agent.weights["weight2"] *= 100
+    mask = torch.rand((1, 3000, 8)) < 0.6
+    mask[..., 3] = True
+    monkeypatch.setattr(torch, "rand", lambda shape, generator, device: torch.full(shape, number, device=device))
+    actions, places = agent.sample(agent.for_tasks(1), x, mask), torch.arange(8).expand(mask.shape)
+    assert torch.equal(actions, places.where(mask, 99).amin(2) if first else places.where(mask, -1).amax(2))
+
+
 def test_the_same_generator_draws_the_same(script, tiny):
     x, mask = torch.randn((1, 50, OBS), dtype=torch.float64), torch.ones((1, 50, ACTIONS), dtype=torch.bool)
     draws = [tiny.sample(tiny.for_tasks(1), x, mask, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
