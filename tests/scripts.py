@@ -173,6 +173,11 @@ def pearl_agent(module, saved):
     return module.Agent(obs_size, actions, args.episodes * args.episode_length, args)
 
 
+def maml_agent(module, saved):
+    size, actions = saved["model"]["weights.weight0"].shape[0], saved["model"]["weights.weight2"].shape[1]
+    return module.Agent(size, actions, "weights.log_std" in saved["model"], saved["args"]["hidden"], 0.0)
+
+
 def sole_specialist(agent):
     """What an agent of a single specialist is to the tests of PPO."""
 
@@ -212,6 +217,27 @@ SCRIPTS = {
             columns=(*LEDGER[:-1], *GUARDS, "action"),
             unexplained=("costs",),
             policy=lambda g: g["kernel_policy"]("test"),
+        ),
+        Script(
+            name="maml_leadlag",
+            env_id="LeadLag-v0",
+            market="synthetic:hidden:bars=400:train=2:val=1:test=2:news=0:regime_bars=1e9",
+            sizes=("--tasks-per-batch", "4", "--episodes-per-task", "8", "--num-steps", "16"),
+            own=("--max-lookback", "60", "--num-lookbacks", "5", "--hidden", "16"),
+            given={"leadlag": {"max_lookback": 60, "num_lookbacks": 5}, "tasks_per_batch": 4, "num_steps": 16, "hidden": 16},
+            score="growth",
+            others=(
+                "unadapted", *(f"lookback {k}" for k in (5, 9, 17, 32, 60)), "best in training", "random", "equal weight",
+                "oracle regime", "oracle returns",
+            ),
+            costs="institutional",
+            make_agent=maml_agent,
+            losses=("policy_loss", "inner_kl", "approx_kl", "clipfrac"),
+            kept=("recent_returns",),
+            numbers=("last_100_returns",),
+            unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
+            logs=False,
+            idles=False,
         ),
         PPOScript(
             name="ppo_leadlag",

@@ -16,6 +16,7 @@ from envs.synthetic import load_market
 LEADLAG, PORTFOLIO, DIFFMARKET, QUANTILE = "ppo_leadlag", "ppo_portfolio", "grpo_diffmarket", "ppo_quantile_portfolio"
 RECURRENT, TRANSFORMER, RL2 = "ppo_recurrent_leadlag", "ppo_transformer_trading", "rl2_leadlag"
 HIERARCHICAL = "ppo_hierarchical_trading"
+MAML = "maml_leadlag"
 TAIL = ("--market", "synthetic:tail", "--total-timesteps", "4000000")
 SMALL_BUDGET = ("--total-timesteps", "65536", "--num-envs", "256", "--num-steps", "16", "--eval-every", "4")
 SECONDS = 3600
@@ -187,6 +188,16 @@ def test_the_gate_knows_its_specialists_on_every_seed(tmp_path, seed):
     regime = load_market("synthetic:modes", seed).hidden["best_intent"]
     for k, used in enumerate(gate["usage"].values()):
         assert used >= 0.5 * (regime == k).mean()
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_one_update_finds_the_way_to_a_goal(tmp_path, seed):
+    """2D navigation with a sixth of the published training, on held-out goals; published after 0 and 1: -40.4 and -11.7."""
+    options = ["--env-id", "Navigation2D-v0", "--total-timesteps", "6400000", "--seed", str(seed)]
+    report = train(MAML, tmp_path, *options)["adaptation"]
+    found = [stage["mean"] for stage in report["stages"]]
+    assert found[0] >= -1.2 * 40.4 and found[1] >= -20.0 and max(found[2:]) > found[1], found
+    assert report["transfer_gain"]["low"] > 15 and report["completion"] == 1.0
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
