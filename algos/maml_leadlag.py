@@ -29,9 +29,8 @@ from envs import ledger, references
 from envs.adaptation import adaptation_report, print_adaptation
 from envs.costs import RUIN
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
-from envs.navigation import TRAINING_TASKS
 from envs.synthetic import load_market
-from envs.tasks import TASK_SETS, halves
+from envs.tasks import HELD_OUT, TASK_SETS, halves
 
 MARKET_ENV = "LeadLag-v0"
 DIVERGED = 1e6  # losses and KL divergences that no step of a policy has; where tanh saturates nothing need overflow
@@ -521,7 +520,7 @@ if __name__ == "__main__":
 
         # Rollouts: episodes before each update, then after the last one, in the later part of the same histories
         rng = np.random.default_rng([args.seed, iteration])
-        known = len(parts["train"][0].ranges) if is_market else TRAINING_TASKS
+        known = len(parts["train"][0].ranges) if is_market else HELD_OUT
         tasks = rng.choice(known, args.tasks_per_batch, replace=known < args.tasks_per_batch)
         params, batches = agent.for_tasks(args.tasks_per_batch), []
         for n in range(args.inner_steps):
@@ -622,7 +621,7 @@ if __name__ == "__main__":
             print(f"{name:22}{s['sharpe']:7.2f}  {interval:<16}{s['growth']:8.1%}{s['max_drawdown']:10.1%}", end="")
             print(f"{s['turnover']:9.0f}x{s['cost']:8.1%}")
     else:
-        tasks = TRAINING_TASKS + np.arange(args.eval_tasks)  # held out
+        tasks = HELD_OUT + np.arange(args.eval_tasks)  # held out
         envs, scored = make_envs(args, None, None, args.eval_tasks), []
         for params in adapt(envs, tasks):
             noise = torch.Generator(device).manual_seed(args.seed + 1)  # the same for every stage

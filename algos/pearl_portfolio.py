@@ -35,10 +35,9 @@ from envs.panel import Split
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.probe import linear_probe
 from envs.synthetic import load_market
-from envs.tasks import TASK_SETS, halves
+from envs.tasks import HELD_OUT, TASK_SETS, halves
 
 MARKET_ENV = "Portfolio-v0"
-HELD_OUT = 1_000_000  # with --env-id: tasks from here up are held out
 LOGGED = ("actor_loss", "critic_loss", "kl", "alpha_loss", "alpha", "entropy", "q")  # of every gradient step
 
 

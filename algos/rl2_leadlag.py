@@ -26,11 +26,10 @@ from tqdm import tqdm
 import envs  # noqa: F401  (registers LeadLag-v0 and Bandits-v0)
 from envs import ledger, references
 from envs.adaptation import adaptation_report, print_adaptation
-from envs.bandits import HELD_OUT
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.probe import linear_probe
 from envs.synthetic import load_market
-from envs.tasks import TASK_SETS, halves
+from envs.tasks import HELD_OUT, TASK_SETS, halves
 
 MARKET_ENV = "LeadLag-v0"
 SPLITS = ("train", "val", "test")

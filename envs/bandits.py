@@ -12,9 +12,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numba import njit
 
-from envs.vector import mix64, uniform
-
-HELD_OUT = 1_000_000  # the first held-out task; those below are for training
+from envs.tasks import HELD_OUT
+from envs.vector import assigned_tasks, market_seeds, mix64, uniform
 
 
 @njit(cache=True, error_model="numpy")
@@ -66,23 +65,12 @@ class BanditsVectorEnv(gym.vector.VectorEnv):
         Bandit i draws from the seed `seed + i`, or `seed[i]` of a list; without a seed it goes on with its stream (the first
         time: from a random seed). options: {"tasks": (n,) integers}: from now on every episode of bandit i is of task tasks[i],
         the same probabilities whatever the seed, or of a training task drawn anew where it is -1, as at first.
-        Raises ValueError for other options and for integers below -1.
+        Raises ValueError for other seeds and other options.
         """
-        options = options or {}
-        if set(options) - {"tasks"}:
-            raise ValueError(f"options: {sorted(options)}: expected only tasks")
-        if "tasks" in options:
-            tasks = np.asarray(options["tasks"])
-            if tasks.shape != (self.num_envs,) or tasks.dtype.kind not in "iu" or tasks.min() < -1:
-                raise ValueError(f"tasks={options['tasks']!r}: expected {self.num_envs} integers from -1 up")
-            self._tasks = tasks.astype(np.int64)
-        if seed is None and not self._ready:
-            seed = int(np.random.SeedSequence().entropy % 2**62)
-        if seed is not None:
-            seeds = np.arange(self.num_envs) + seed if np.ndim(seed) == 0 else np.asarray(seed)
-            if seeds.shape != (self.num_envs,) or seeds.min() < 0:
-                raise ValueError(f"seed={seed!r}: expected an integer >= 0 or a list of {self.num_envs} of them")
-            self._keys[:], self._counters[:] = seeds, 0
+        if options:
+            self._tasks = assigned_tasks(options, self.num_envs)
+        if seed is not None or not self._ready:
+            self._keys[:], self._counters[:] = market_seeds(seed, self.num_envs), 0
         self._ready = True
         return self._begin()
 

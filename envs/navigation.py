@@ -11,11 +11,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from envs.tasks import HELD_OUT
+from envs.vector import assigned_tasks, market_seeds
+
 HORIZON = 100  # steps of an episode
 REACH = 0.1  # of a step, on each axis
 REGION = 0.5  # goals are uniform on [-REGION, REGION]^2
 NEAR = 0.01  # an episode terminates where both coordinates are nearer to the goal's
-TRAINING_TASKS = 1_000_000  # tasks 0..999,999 are to train on, from here up they are held out
 
 
 def goal_of(task: int) -> np.ndarray:
@@ -54,25 +56,14 @@ class Navigation2DVectorEnv(gym.vector.VectorEnv):
         Point i draws from the seed `seed + i`, or `seed[i]` of a list; without a seed it goes on with its stream (the first
         time: from a random seed). options: {"tasks": (n,) integers}: from now on every episode of point i is of task tasks[i],
         the same goal whatever the seed, or of a training task drawn anew where it is -1, as at first.
-        Raises ValueError for other options, for integers below -1, and for seeds below 0 or of another number.
+        Raises ValueError for other seeds and other options.
         """
-        options = options or {}
-        if set(options) - {"tasks"}:
-            raise ValueError(f"options: {sorted(options)}: expected only tasks")
-        if "tasks" in options:
-            tasks = np.asarray(options["tasks"])
-            if tasks.shape != (self.num_envs,) or tasks.dtype.kind not in "iu" or tasks.min() < -1:
-                raise ValueError(f"tasks={options['tasks']!r}: expected {self.num_envs} integers from -1 up")
-            self._tasks = tasks.astype(np.int64)
+        if options:
+            self._tasks = assigned_tasks(options, self.num_envs)
             for task in np.unique(self._tasks[self._tasks >= 0]):
                 self._goal[self._tasks == task] = goal_of(task)
-        if seed is None and not self._ready:
-            seed = int(np.random.SeedSequence().entropy % 2**62)
-        if seed is not None:
-            seeds = np.arange(self.num_envs) + seed if np.ndim(seed) == 0 else np.asarray(seed)
-            if seeds.shape != (self.num_envs,) or seeds.min() < 0:
-                raise ValueError(f"seed={seed!r}: expected an integer >= 0 or a list of {self.num_envs} of them")
-            self._seeds[:], self._drawn[:] = seeds, 0
+        if seed is not None or not self._ready:
+            self._seeds[:], self._drawn[:] = market_seeds(seed, self.num_envs), 0
         self._ready = True
         self._begin(np.arange(self.num_envs))
         return self._position.astype(np.float32), self._infos()
@@ -103,7 +94,7 @@ class Navigation2DVectorEnv(gym.vector.VectorEnv):
         """A new episode of some points (m,)."""
         self._position[points], self._length[points] = 0.0, 0
         for i in points[self._tasks[points] < 0]:  # each from a stream of its own, whatever other points there are
-            self._goal[i] = goal_of(np.random.default_rng([self._seeds[i], self._drawn[i]]).integers(TRAINING_TASKS))
+            self._goal[i] = goal_of(np.random.default_rng([self._seeds[i], self._drawn[i]]).integers(HELD_OUT))
             self._drawn[i] += 1
 
     def _infos(self):

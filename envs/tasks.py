@@ -5,6 +5,8 @@ import numpy as np
 from envs.features import REGIME_FEATURES, regime_features
 from envs.panel import Panel, PanelError, Split
 
+HELD_OUT = 1_000_000  # of Bandits-v0 and Navigation2D-v0: the first held-out task; those below are to train on
+
 # Markets whose histories differ in what is best, each history a task. The first three are for LeadLag-v0: from the first bar to
 # the last the followers of the strong network react in the session, or overnight (`synthetic.Hidden`). In the first case a
 # lookback of 27 bars earns more than twice what the longest one does, in the second it loses what it earned. Closes do not

@@ -131,6 +131,33 @@ def recent_volatility(s):
     return math.sqrt(max(0.0, s.mean_square - s.mean_return * s.mean_return))
 
 
+def market_seeds(seed: int | list[int] | None, num_envs: int) -> np.ndarray:
+    """(n,) uint64, the seeds of n markets: seed + i, or seed[i] of a list; None: random ones. Raises ValueError for others."""
+    if seed is None:
+        seed = int(np.random.SeedSequence().entropy % 2**62)
+    seeds = np.arange(num_envs) + seed if np.ndim(seed) == 0 else np.asarray(seed)
+    if seeds.shape != (num_envs,) or seeds.min() < 0:
+        raise ValueError(f"seed={seed!r}: expected an integer >= 0 or a list of {num_envs} of them")
+    return seeds.astype(np.uint64)
+
+
+def assigned_tasks(options: dict[str, Any], num_envs: int, number: int | None = None) -> np.ndarray:
+    """(n,) int64, the tasks of reset's options={"tasks": ...}: below `number`, where that is known; -1: any.
+
+    Raises ValueError for other options and other tasks.
+    """
+    if set(options) != {"tasks"}:
+        raise ValueError(f"reset: options {sorted(options)}: expected only tasks")
+    tasks = np.asarray(options["tasks"])
+    wrong = tasks.shape != (num_envs,) or tasks.dtype.kind not in "iu" or tasks.min() < -1
+    if wrong or (number is not None and tasks.max() >= number):
+        most = "up" if number is None else f"to {number - 1}, ranges of its split"
+        raise ValueError(
+            f"reset: tasks {np.unique(tasks)[:9]} of shape {tasks.shape}: expected {num_envs} integers from -1 (any) {most}"
+        )
+    return tasks.astype(np.int64)
+
+
 class Buffers(NamedTuple):
     """What kernels write, one row a market."""
 
@@ -254,33 +281,18 @@ class MarketVectorEnv(gym.vector.VectorEnv):
 
         options: {"tasks": (n,) integers}: from now on every episode of market i is a window of range tasks[i] of the split, or
         of any where it is -1, as at first. For meta-learning, where a range, such as a synthetic history, is a task.
-        Raises ValueError for other options, and tasks that are no ranges of the split.
+        Raises ValueError for other seeds, other options, and tasks that are no ranges of the split.
         """
         if options:
-            self._assign(options)
-        if seed is None and not self._ready:
-            seed = int(np.random.SeedSequence().entropy % 2**62)
-        if seed is not None:
-            seeds = np.arange(self.num_envs) + seed if np.ndim(seed) == 0 else np.asarray(seed)
-            if seeds.shape != (self.num_envs,) or seeds.min() < 0:
-                raise ValueError(f"seed={seed!r}: expected an integer >= 0 or a list of {self.num_envs} of them")
-            self._state.key = seeds.astype(np.uint64)
+            if not self.takes_tasks:
+                raise ValueError(f"reset: options {sorted(options)}: expected none, as its episodes belong to symbols")
+            self._state.task = assigned_tasks(options, self.num_envs, len(self.split.ranges))
+        if seed is not None or not self._ready:
+            self._state.key = market_seeds(seed, self.num_envs)
             self._state.counter = 0
         self._ready = True
         self._run(self._reset_loops, self._buffers)
         return self._buffers.obs.copy(), self._infos(copy=True, done=None)
-
-    def _assign(self, options):
-        if set(options) != {"tasks"} or not self.takes_tasks:
-            expected = "tasks" if self.takes_tasks else "none: its episodes belong to symbols"
-            raise ValueError(f"reset: options {sorted(options)}: expected {expected}")
-        tasks, ranges = np.asarray(options["tasks"]), len(self.split.ranges)
-        if tasks.shape != (self.num_envs,) or tasks.dtype.kind not in "iu" or tasks.min() < -1 or tasks.max() >= ranges:
-            raise ValueError(
-                f"reset: tasks {np.unique(tasks)[:9]} of shape {tasks.shape}: expected {self.num_envs} integers from -1 (any) "
-                f"to {ranges - 1}, ranges of the split {self.split.name!r}"
-            )
-        self._state.task = tasks
 
     def step(self, actions, out: np.ndarray | None = None):
         """One bar in every market: (obs, reward, terminated, truncated, infos).

@@ -16,7 +16,7 @@ from torch.distributions import Categorical, Normal
 
 from envs import ledger
 from envs.leadlag_tables import LeadLagData
-from envs.navigation import HORIZON, TRAINING_TASKS, goal_of
+from envs.navigation import HELD_OUT, HORIZON, goal_of
 from envs.tasks import halves
 
 pytest_plugins = ["scripts"]
@@ -471,9 +471,9 @@ def test_an_interrupted_run_of_a_test_task_goes_on(script, inside, arms, monkeyp
 def test_held_out_tasks_are_those_of_evaluation(script, inside, monkeypatch):
     g = inside("--env-id", "Navigation2D-v0", "--total-timesteps", "1", "--num-steps", "5", "--tasks-per-batch", "4",
                "--episodes-per-task", "3", "--eval-tasks", "7")  # fmt: skip
-    assert (g["tasks"] == TRAINING_TASKS + np.arange(7)).all() and len(g["returns"]) == 7
+    assert (g["tasks"] == HELD_OUT + np.arange(7)).all() and len(g["returns"]) == 7
     goals = g["envs"]._goal[::3]
-    np.testing.assert_array_equal(goals, [goal_of(TRAINING_TASKS + n) for n in range(7)])
+    np.testing.assert_array_equal(goals, [goal_of(HELD_OUT + n) for n in range(7)])
     assert g["run"]["val_growth"] is None or g["run"]["val_growth"] == -np.inf
 
 

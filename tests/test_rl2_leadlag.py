@@ -16,8 +16,9 @@ from scipy.stats import chisquare
 from scripts import SCRIPTS, Run, Toy, actions_of, assert_same_content
 
 from envs import ledger, references
-from envs.bandits import HELD_OUT, BanditsVectorEnv
+from envs.bandits import BanditsVectorEnv
 from envs.leadlag import LeadLagVectorEnv
+from envs.tasks import HELD_OUT
 
 pytest_plugins = ["scripts"]
 STEPS, MARKETS = 11, 6
