@@ -684,6 +684,9 @@ if __name__ == "__main__":
         windows = torch.as_tensor(np.concatenate([np.arange(a, b - args.horizon) for a, b in ranges]), device=device)
         if len(windows) == 0:
             raise ValueError(f"--horizon {args.horizon}: expected fewer bars than a range of the training split has")
+        odds, counts = splits["train"].odds, np.array([max(0, b - args.horizon - a) for a, b in ranges])
+        if len(odds):  # of the ranges; of the windows in them
+            odds = torch.as_tensor(np.repeat(odds / np.maximum(counts, 1), counts))
         stressed = windows[:0]
         if num_stress > 0:
             labels = args.stress_labels or ((2,) if args.stress_macro else (3,))
@@ -757,7 +760,9 @@ if __name__ == "__main__":
 
     def draw_windows():
         """(B, H) rows; the share of stress scenarios comes last."""
-        ordinary = windows[torch.randint(len(windows), (args.num_windows - num_stress,)).to(device)]
+        num = args.num_windows - num_stress
+        picked = torch.multinomial(odds, num, replacement=True) if len(odds) else torch.randint(len(windows), (num,))
+        ordinary = windows[picked.to(device)]
         if num_stress == 0:
             return rows_of(ordinary, args.horizon)
         drawn = stressed[torch.randint(len(stressed), (num_stress, args.stress_candidates)).to(device)]

@@ -377,6 +377,8 @@ def load_agents(folder, device):
     if run.get("env_id") != AGENTS_ENV or run.get("status") != "finished":
         raise ValueError(f"{where}: a {run.get('status')} run of {run.get('env_id')}; expected a finished one of {AGENTS_ENV}")
     saved = run["args"]
+    if saved.get("shard", "0/1") != "0/1":
+        raise ValueError(f"{where}: trades --shard {saved['shard']} of the symbols; expected a run that trades all of them")
     panel = load_market(
         saved["market"], saved["seed"], symbols=saved["symbols"] or None, start=saved["start"], end=saved["end"],
         resample=saved["resample"],
@@ -389,12 +391,12 @@ def load_agents(folder, device):
         splits = panel.walk_forward(saved["folds"], val_fraction=saved["val_fraction"], embargo=saved["embargo"])[saved["fold"]]
     else:
         splits = panel.split(saved["train_fraction"], saved["val_fraction"], saved["embargo"])
-    trading = TradingData(panel, TradingConfig(**saved["trading"]))
     try:
+        trading = TradingData(panel, TradingConfig(**saved["trading"]))
         sizes = (saved[name] for name in ("layers", "width", "heads"))
         agents = SymbolAgent(trading.observation_size, len(ORDERS), trading.layout["window"], trading.config.window, *sizes)
         agents.load_state_dict(torch.load(Path(folder) / "model.pt", weights_only=True)["best_model"])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError) as error:
         what = str(error).splitlines()[0]
         raise ValueError(f"{where}: {what}; expected arguments and weights of ppo_transformer_trading.py") from error
     return run, panel, splits, trading, agents.to(device)

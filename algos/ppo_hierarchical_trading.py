@@ -49,12 +49,6 @@ SHORTEST = 5  # bars of a stretch of one regime that a specialist is trained on
 MEMORY_RATE = 0.05  # of the gate's moving averages: about 20 bars
 
 
-@dataclass(frozen=True)
-class Trading(TradingConfig):
-    symbols: tyro.conf.Suppress[tuple[str, ...]] = ()  # the panel has no others: --symbols chooses those to load
-    window: int = 1  # bars of technical features that an agent sees; they look back themselves
-
-
 @dataclass
 class Args:
     exp_name: str = Path(__file__).stem
@@ -109,7 +103,7 @@ class Args:
     """walk-forward folds instead of one split (0: none); the script runs one of them, `fold`"""
     fold: int = 0
     """which fold, from 0"""
-    trading: Trading = field(default_factory=Trading)
+    trading: TradingConfig = field(default_factory=lambda: TradingConfig(window=1))  # features look back themselves
     """costs, fill, orders, exits, risk limits and what an agent sees"""
     consensus: bool = True
     """show agents what simple forecasts agree on: consensus, dispersion, hit rate, threshold, reason (envs/consensus.py)"""
@@ -468,7 +462,7 @@ if __name__ == "__main__":
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
         checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
         saved = checkpoint["args"]
-        args = Args(**{**saved, "trading": Trading(**saved["trading"]), "resume": args.resume})
+        args = Args(**{**saved, "trading": TradingConfig(**saved["trading"]), "resume": args.resume})
     for flag in (
         "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every", "log_episodes",
         "decide_every",
@@ -527,6 +521,10 @@ if __name__ == "__main__":
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
             costs = load_costs(args.trading.costs)
             data = TradingData(with_consensus(panel, costs) if args.consensus else panel, args.trading)
+            # every split has a symbol to trade, or `runs` says so
+            number = {name: len(np.unique(data.runs(split)[:, 0])) for name, split in splits.items()}
+            if args.num_envs < number["train"]:
+                raise ValueError(f"--num-envs {args.num_envs}: expected at least {number['train']}, one for each symbol")
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"costs   {data.costs.describe()}")
             env_options = dict(

@@ -877,7 +877,7 @@ if __name__ == "__main__":
             mean, tail = float(growths.mean()), portfolio_references.cvar(growths, args.cvar_alpha)
             run["outcomes"][name] = {"windows": len(growths), "bars": bars, "mean": mean, "cvar": tail}
             print(f"{name:16}{mean:9.2%}{tail:10.2%}")
-        if "crash_probability" in panel.hidden:
+        if "crash_probability" in panel.hidden and not panel.parameters:
             weight, flip = float(np.stack(frames["test"]["action"])[:, 0].mean()), portfolio_references.tail_flip(panel, bars)
             run["tail"] = {"crashing_weight": weight, "flip": flip}
             print(f"mean weight of the symbol that crashes: {weight:.3f}; the choice flips at the level {flip:.3f}")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import envs  # noqa: F401  (registers Trading-v0)
 from envs import dataset, dataset_writer, ledger, trades, trading_references
+from envs.costs import RUIN
 from envs.features import log_returns
 from envs.synthetic import load_market
 from envs.task import provenance
@@ -35,11 +36,6 @@ from envs.trading_tables import TradingConfig, TradingData, shard_of
 MARKET_ENV = "Trading-v0"
 LATENCY_BATCH, LATENCY_CALLS = 32, 200
 MONOTONY = 0.99  # share of one order, of those given where there was a choice, above which a policy counts as degenerate
-
-
-@dataclass(frozen=True)
-class Trading(TradingConfig):
-    symbols: tyro.conf.Suppress[tuple[str, ...]] = ()  # of the panel: --symbols chooses those to load, --shard of these
 
 
 @dataclass
@@ -98,7 +94,7 @@ class Args:
     """walk-forward folds instead of one split (0: none); the script runs one of them, `fold`"""
     fold: int = 0
     """which fold, from 0"""
-    trading: Trading = field(default_factory=Trading)
+    trading: TradingConfig = field(default_factory=TradingConfig)
     """costs, fill, orders, exits, risk limits and what an agent sees"""
     episode_length: int = 256
     """bars in a training episode, which starts at a random bar"""
@@ -353,7 +349,7 @@ if __name__ == "__main__":
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
         checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
         saved = checkpoint["args"]
-        args = Args(**{**saved, "trading": Trading(**saved["trading"]), "resume": args.resume})
+        args = Args(**{**saved, "trading": TradingConfig(**saved["trading"]), "resume": args.resume})
     for flag in (
         "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_every", "checkpoint_every", "log_episodes",
         "layers", "width", "heads",
@@ -403,7 +399,11 @@ if __name__ == "__main__":
             else:
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
             traded = shard_of(panel.symbols, args.shard)
-            data = TradingData(panel, dataclasses.replace(args.trading, symbols=traded))
+            data = TradingData(panel, args.trading, traded)
+            # every split has a symbol to trade, or `runs` says so
+            number = {name: len(np.unique(data.runs(split)[:, 0])) for name, split in splits.items()}
+            if args.num_envs < number["train"]:
+                raise ValueError(f"--num-envs {args.num_envs}: expected at least {number['train']}, one for each symbol")
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"shard   {args.shard}: {len(traded)} of the symbols are traded")
             print(f"costs   {data.costs.describe()}")
@@ -501,8 +501,9 @@ if __name__ == "__main__":
         """Ledger of every symbol, with a column `free`, and that of the book that gives all of them the same money."""
         free = []
         frame = trading_references.run(data, splits[split], make_policy(free), num_threads=args.num_threads)
-        steps = frame.groupby("market").size()
-        frame["free"] = np.concatenate([had[:n] for had, n in zip(np.transpose(free), steps)])
+        accounts = frame.groupby("market")["equity"]
+        had = np.concatenate([had[:n] for had, n in zip(np.transpose(free), accounts.size())])
+        frame["free"] = had & (accounts.shift(fill_value=1.0) > RUIN)  # a ruined account has nothing to choose from
         return frame, ledger.book(frame)
 
     def log_dataset(iteration):

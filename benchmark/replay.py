@@ -158,11 +158,8 @@ def regimes(run: Run) -> dict[str, np.ndarray]:
             if len(now) == len(before) == WINDOW:
                 differences.append(_distance(now, before))
                 unstable[start : start + WINDOW] = differences[-1]
-    rows = []
-    for number, times in run.ledger.groupby("market")["timestamp"]:  # of the marks; orders were given a bar before
-        a, b = (0, panel.num_bars) if run.folds else ranges[number]
-        rows.append(a + np.searchsorted(panel.timestamps[a:b], times.to_numpy()) - 1)
-    rows = np.concatenate(rows)
+    markets = run.ledger["market"].max() + 1
+    rows = ledger.decided_rows(run.ledger, panel, np.tile([0, panel.num_bars], (markets, 1)) if run.folds else ranges)
     trend, volatility, unstable = trend[rows], volatility[rows], unstable[rows + 1]
     calm, crisis = np.quantile(volatility, (CALM, CRISIS))
     bull, bear = trend > TREND, trend < -TREND

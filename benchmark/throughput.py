@@ -229,7 +229,7 @@ def first_history(panel):
     fields = {name: values[:bars].copy() for name, values in panel.fields.items()}
     times = panel.timestamps[:bars].copy()
     cut = dataclasses.replace(
-        panel, **fields, timestamps=times, segments=panel.segments[:1], segment_split=("train",), hidden={}
+        panel, **fields, timestamps=times, segments=panel.segments[:1], segment_split=("train",), hidden={}, parameters={}
     )
     return cut, Split("train", np.array([[0, bars]]))
 

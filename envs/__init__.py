@@ -29,6 +29,7 @@ numba.config.CACHE_DIR = str(Path(numba.config.CACHE_DIR or _writable / "__pycac
 
 for _name, _module in (
     ("LeadLag", "leadlag"), ("Portfolio", "portfolio"), ("Trading", "trading"), ("Navigation2D", "navigation"),
+    ("Bandits", "bandits"),
 ):  # fmt: skip
     gym.register(
         id=f"{_name}-v0",

@@ -1,8 +1,10 @@
-"""How well a meta-learner adapts: scores per stage of adaptation, transfer gain with its interval, completion."""
+"""How well a meta-learner adapts: scores per stage of adaptation, transfer gain with its interval, completion, and the Sharpe
+ratio in windows of each regime."""
 
 import numpy as np
+import pandas as pd
 
-from envs.ledger import quantile_levels
+from envs.ledger import quantile_levels, sharpe
 
 RESAMPLES = 2000
 
@@ -57,9 +59,7 @@ def _interval(scores: np.ndarray, seed: int) -> np.ndarray:
     if tasks == 1:
         return np.full((2, scores.shape[1]), np.nan)
     drawn = np.random.default_rng(seed).integers(tasks, size=(RESAMPLES, tasks))
-    low, high = np.quantile(scores[drawn].mean(axis=1), quantile_levels(tasks), axis=0)
-    missing = np.isnan(scores).any(axis=0)  # some draws would leave the missing task out
-    return np.where(missing, np.nan, [low, high])
+    return np.quantile(scores[drawn].mean(axis=1), quantile_levels(tasks), axis=0)  # NaN where any draw is
 
 
 def print_adaptation(report: dict):
@@ -76,3 +76,36 @@ def print_adaptation(report: dict):
         line(f"after {stage}", score)
     line("unadapted baseline", report["baseline"])
     line("transfer gain", report["transfer_gain"])
+
+
+def rolling_sharpe(ledger: pd.DataFrame, labels: np.ndarray, window: int, bars_per_year: float) -> dict:
+    """Sharpe ratio of net returns over the windows of `window` bars that lie in one regime, by regime.
+
+    labels: (len(ledger),) the regime of each bar; a causal one is that of the row at which the bar's orders were given
+    (`ledger.decided_rows`). A stretch is a run of bars of one market and split with the same label; windows begin at each of
+    its bars but the last window - 1, and so overlap.
+
+    Returns label -> {"sharpe": mean of `ledger.sharpe` over its windows, annualised, NaN without one; "windows": their
+    number; "stretches": number of the stretches that they lie in, which do not overlap}, labels ascending.
+
+    Raises ValueError if there is not one label for each bar, or window < 2.
+    """
+    labels = np.asarray(labels)
+    if labels.shape != (len(ledger),):
+        raise ValueError(f"labels: shape {labels.shape}: expected ({len(ledger)},), one for each bar of the ledger")
+    if window < 2:
+        raise ValueError(f"window={window}: expected at least 2 bars")
+    net, found = ledger["net_return"].to_numpy(), {label: [] for label in np.unique(labels).tolist()}
+    for rows in ledger.groupby(["split", "market"]).indices.values():
+        for stretch in np.split(rows, np.flatnonzero(labels[rows][1:] != labels[rows][:-1]) + 1):
+            if len(stretch) >= window:
+                views = np.lib.stride_tricks.sliding_window_view(net[stretch], window)
+                found[labels[stretch[0]].item()].append([sharpe(view, bars_per_year) for view in views])
+    return {
+        label: {
+            "sharpe": float(np.mean(np.concatenate(parts))) if parts else float("nan"),
+            "windows": sum(map(len, parts)),
+            "stretches": len(parts),
+        }
+        for label, parts in found.items()
+    }

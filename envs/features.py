@@ -33,6 +33,7 @@ REGIME_FEATURES = (
         "drawdown",
     )
 )
+REGIMES = ("calm-up", "calm-down", "volatile-up", "volatile-down")  # what labels of regimes are numbers of
 
 TREND_WINDOWS = (5, 20, 60)
 ASSET_FEATURES = ("return", *(f"trend_{w}" for w in TREND_WINDOWS), "log_vol", "present")

@@ -20,7 +20,8 @@ TIME_RANGE = pd.Timestamp("1678-01-01", tz="UTC"), pd.Timestamp("2262-01-01", tz
 ACCEPTED = (
     "accepted: 'sp500', a .csv or .parquet file, a folder with one CSV file per symbol, "
     "or (where the caller handles it) 'synthetic:<name>[:key=value...]' and what is made of another market: "
-    "'shuffled:<market>', 'bootstrap[:key=value...]:<market>', 'crossed[:key=value...]:<market>'"
+    "'shuffled:<market>', 'bootstrap[:key=value...]:<market>', 'crossed[:key=value...]:<market>', "
+    "'mixed[:key=value...]:<market>'"
 )
 
 

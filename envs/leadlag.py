@@ -103,7 +103,7 @@ def observe(i, m, p, s, record, mask, obs):
 def reset_one(i, m, p, state, weights, record, mask, obs):
     """Begin an episode in market i: a random window of the split, or, without random_start, range i from its start."""
     s = state[i]
-    begin_episode(i, m.starts, m.stops, p.episode_length, p.random_start, s)
+    begin_episode(i, m.starts, m.stops, m.weights, p.episode_length, p.random_start, s)
     s.lookback = _fallback(m.valid, s.t, min(max(p.initial, p.lowest), p.highest))
     weights[i, :] = 0.0
     observe(i, m, p, s, record, mask, obs)

@@ -84,6 +84,7 @@ class LeadLagMarket(NamedTuple):
     stability: np.ndarray  # (T, K, K) float32: matrix k now against matrix k' one bar before
     starts: np.ndarray  # (R,) first row of each range at which a decision can be taken
     stops: np.ndarray  # (R,) end of each range
+    weights: np.ndarray  # (R,) float64: relative probabilities of episodes to lie in it, or (0,): by its number of windows
 
 
 class LeadLagData:
@@ -140,7 +141,7 @@ class LeadLagData:
             starts.append(start + usable[0])
         return LeadLagMarket(
             *self.execution, self.costs.rates, self.targets, self.valid, self.matrix, self.context,
-            self.signal.stability, np.array(starts), split.ranges[:, 1].copy(),
+            self.signal.stability, np.array(starts), split.ranges[:, 1].copy(), split.odds,
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:

@@ -117,6 +117,19 @@ def _frame(panel, split, first, steps, records, actions, extra=(), labels=None):
     return pd.concat(parts, ignore_index=True)
 
 
+def decided_rows(frame: pd.DataFrame, panel: Panel, ranges: np.ndarray) -> np.ndarray:
+    """(len(frame),) int64, the row of the panel at whose close the orders of each bar of a ledger were given.
+
+    That is the row before the bar's timestamp. ranges: (markets, 2), rows [start, stop) in which each market's bars lie, in
+    order of their numbers.
+    """
+    rows = np.zeros(len(frame), np.int64)
+    for number, where in frame.groupby("market").indices.items():
+        start, stop = ranges[number]
+        rows[where] = start + np.searchsorted(panel.timestamps[start:stop], frame["timestamp"].to_numpy()[where]) - 1
+    return rows
+
+
 def book(ledger: pd.DataFrame) -> pd.DataFrame:
     """One account per range of a ledger with one per range and symbol: columns LEDGER, `market` the number of the range.
 

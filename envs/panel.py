@@ -31,11 +31,14 @@ class Split:
 
     name: "train", "val" or "test".
     ranges: (n, 2) int64, rows [start, stop), ascending, at least two rows each.
-    Raises PanelError if a range is shorter, or ranges overlap or descend.
+    weights: (n,) float64, relative probabilities of an episode with a random start to lie in each range; None: each window of
+        the episode's length is as likely as any other.
+    Raises PanelError if a range is shorter, ranges overlap or descend, or weights are not n positive numbers.
     """
 
     name: str
     ranges: np.ndarray
+    weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         ranges = np.asarray(self.ranges, dtype=np.int64)
@@ -50,10 +53,20 @@ class Split:
         if np.any(ranges[1:, 0] < ranges[:-1, 1]):
             raise PanelError(f"split {self.name!r}: ranges overlap or descend: {ranges.tolist()}")
         object.__setattr__(self, "ranges", _read_only(ranges))
+        if self.weights is not None:
+            weights = np.asarray(self.weights, dtype=np.float64)
+            if weights.shape != ranges.shape[:1] or not (np.isfinite(weights) & (weights > 0)).all():
+                raise PanelError(f"split {self.name!r}: weights {weights}, expected {len(ranges)} positive numbers")
+            object.__setattr__(self, "weights", _read_only(weights))
 
     @property
     def num_bars(self) -> int:
         return int(np.diff(self.ranges, axis=1).sum())
+
+    @property
+    def odds(self) -> np.ndarray:
+        """`weights` as compiled code takes them: (n,) float64, or (0,) for None."""
+        return np.zeros(0) if self.weights is None else self.weights.copy()
 
     def describe(self, panel: "Panel") -> dict[str, str | int]:
         """ISO times of the earliest and the latest bar, and the number of bars: {"start", "end", "bars"}."""
@@ -71,7 +84,9 @@ class Panel:
     close: (T, N) float64, in the quote currency; NaN where the symbol has no bar at that time.
     open, high, low, volume: (T, N) float64 or None, NaN exactly where close is; volume in shares or coins.
     segments: (S,) int64, the first row of each independent price history, [0] for one; at least two bars each.
-    segment_split: S labels "train", "val" or "test", or None.
+    segment_split: S labels "train", "val" or "test", or None. One of them may be None itself: a history that `split` cuts in
+        time, among others that are for one purpose.
+    segment_weight: (S,) float64, what `Split.weights` is for the ranges made of each segment, or None.
     hidden: the truth of a synthetic market, never shown to an agent; axis 0 of length T follows rows and then axis 1
         of length N follows symbols when the panel is cut; other arrays are kept whole.
     extras: named input series besides prices, such as forecasts: (T, N) or (T,) float64; row t is known at the close of
@@ -92,7 +107,8 @@ class Panel:
     low: np.ndarray | None = None
     volume: np.ndarray | None = None
     segments: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
-    segment_split: tuple[str, ...] | None = None
+    segment_split: tuple[str | None, ...] | None = None
+    segment_weight: np.ndarray | None = None
     hidden: dict[str, np.ndarray] = field(default_factory=dict)
     timezone: str | None = None
     extras: dict[str, np.ndarray] = field(default_factory=dict)
@@ -136,9 +152,16 @@ class Panel:
                 f"{self.segments.tolist()}, expected row 0 first and at least 2 bars in each"
             )
         if self.segment_split is not None and (
-            len(self.segment_split) != len(lengths) or not set(self.segment_split) <= set(SPLIT_NAMES)
+            len(self.segment_split) != len(lengths)
+            or not set(self.segment_split) <= {*SPLIT_NAMES, None}
+            or self.segment_split.count(None) > 1
         ):
-            raise PanelError(f"{self.name}: segment_split is {self.segment_split}, expected {len(lengths)} of {SPLIT_NAMES}")
+            raise PanelError(
+                f"{self.name}: segment_split is {self.segment_split}, expected {len(lengths)} of {SPLIT_NAMES}, or one None"
+            )
+        if self.segment_weight is not None and np.shape(self.segment_weight) != lengths.shape:
+            found = np.shape(self.segment_weight)
+            raise PanelError(f"{self.name}: segment_weight has shape {found}, expected one number for each segment")
         for name, values in self.parameters.items():
             if np.shape(values) != lengths.shape or values.dtype != np.float64 or np.isinf(values).any():
                 found = f"{np.asarray(values).dtype} {np.shape(values)}"
@@ -279,6 +302,7 @@ class Panel:
             **{f: np.ascontiguousarray(values[np.ix_(rows, columns)]) for f, values in self.fields.items()},
             segments=segments.astype(np.int64),
             segment_split=self.segment_split and tuple(self.segment_split[k] for k in kept),
+            segment_weight=None if self.segment_weight is None else self.segment_weight[kept],
             hidden={key: self._cut(array, rows, columns) for key, array in self.hidden.items()},
             timezone=self.timezone,
             extras={name: self._cut(array, rows, columns) for name, array in self.extras.items()},
@@ -332,6 +356,7 @@ class Panel:
             **{f: np.where(empty, np.nan, pick[f](values))[some] for f, values in self.fields.items()},
             segments=segments - np.append(0, np.cumsum(~some))[segments],
             segment_split=self.segment_split,
+            segment_weight=self.segment_weight,
             timezone=self.timezone,
             extras={name: values[last][some] for name, values in self.extras.items()},
             parameters=self.parameters,
@@ -340,23 +365,27 @@ class Panel:
     def split(self, train: float = 0.6, val: float = 0.2, embargo: int = 0) -> dict[str, Split]:
         """Chronological {"train", "val", "test"}; `embargo` rows between neighbours belong to neither, and fractions
         are of the other rows. A panel with labelled segments is split by its labels, each segment its own range; its
-        histories are independent, so fractions and embargo do not apply.
+        histories are independent, so fractions and embargo do not apply, but to a segment whose label is None.
 
         Raises PanelError if a fraction or the embargo is out of range, a split gets fewer than two rows, or the panel
         has several segments without labels.
         """
-        if self.segment_split is not None:
-            if set(self.segment_split) != set(SPLIT_NAMES):
-                raise PanelError(f"{self.name}: segment_split is {self.segment_split}, expected each of {SPLIT_NAMES}")
-            labels, ranges = np.array(self.segment_split), self._segment_ranges()
-            return {name: Split(name, ranges[labels == name]) for name in SPLIT_NAMES}
-        self._require_one_history("split", embargo)
-        if not (train > 0 and val > 0 and train + val < 1):
-            raise PanelError(f"{self.name}: split(train={train}, val={val}), expected both > 0 and their sum < 1")
-        usable = self.num_bars - 2 * embargo
-        train_stop, val_stop = round(train * usable), round((train + val) * usable) + embargo
-        test = (val_stop + embargo, self.num_bars)
-        return _splits(train=(0, train_stop), val=(train_stop + embargo, val_stop), test=test)
+        labels = self.segment_split
+        if labels is None:
+            self._require_one_history("split")
+            labels = (None,)
+        if None not in labels and set(labels) != set(SPLIT_NAMES):
+            raise PanelError(f"{self.name}: segment_split is {labels}, expected each of {SPLIT_NAMES}")
+        parts = {name: [] for name in SPLIT_NAMES}
+        for k, (label, (start, stop)) in enumerate(zip(labels, self._segment_ranges().tolist())):
+            bounds = self._cut_in_time(start, stop, train, val, embargo) if label is None else {label: (start, stop)}
+            for name, rows in bounds.items():
+                parts[name].append((*rows, k))
+        weight = self.segment_weight
+        return {
+            name: Split(name, np.array(found)[:, :2], None if weight is None else weight[np.array(found)[:, 2]])
+            for name, found in parts.items()
+        }
 
     def walk_forward(
         self, folds: int, train_bars: int | None = None, val_fraction: float = 0.2, embargo: int = 0
@@ -369,7 +398,8 @@ class Panel:
         Raises PanelError if an argument is out of range, a split gets fewer than two rows, or the panel has several
         segments.
         """
-        self._require_one_history("walk_forward", embargo)
+        self._require_one_history("walk_forward")
+        self._require_embargo("walk_forward", embargo)
         if folds < 1 or not 0 < val_fraction < 1 or (train_bars is not None and train_bars < 1):
             raise PanelError(
                 f"{self.name}: walk_forward({folds=}, {train_bars=}, {val_fraction=}), expected folds >= 1, "
@@ -385,6 +415,15 @@ class Panel:
             train, val = (train_start, val_start - embargo), (val_start, val_stop)
             result.append(_splits(train=train, val=val, test=(test_start, test_stop)))
         return result
+
+    def _cut_in_time(self, start: int, stop: int, train: float, val: float, embargo: int) -> dict[str, tuple[int, int]]:
+        """Rows of each split of the history [start, stop), as `split` says."""
+        self._require_embargo("split", embargo)
+        if not (train > 0 and val > 0 and train + val < 1):
+            raise PanelError(f"{self.name}: split(train={train}, val={val}), expected both > 0 and their sum < 1")
+        usable = stop - start - 2 * embargo
+        train_stop, val_stop = start + round(train * usable), start + round((train + val) * usable) + embargo
+        return {"train": (start, train_stop), "val": (train_stop + embargo, val_stop), "test": (val_stop + embargo, stop)}
 
     def _segment_ranges(self) -> np.ndarray:
         return np.column_stack([self.segments, np.append(self.segments[1:], self.num_bars)])
@@ -402,12 +441,14 @@ class Panel:
         except (ValueError, TypeError) as error:
             raise PanelError(f"{self.name}: {flag}={text!r}, expected a date like '2020-03-01': {error}") from error
 
-    def _require_one_history(self, method: str, embargo: int) -> None:
+    def _require_one_history(self, method: str) -> None:
         if len(self.segments) > 1:
             raise PanelError(
                 f"{self.name}: {method} needs one price history, and this panel has {len(self.segments)} segments; "
                 "label them in segment_split and use split(), or select one"
             )
+
+    def _require_embargo(self, method: str, embargo: int) -> None:
         if embargo < 0:
             raise PanelError(f"{self.name}: {method}(embargo={embargo}), expected >= 0 rows")
 

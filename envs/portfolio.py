@@ -133,7 +133,7 @@ def observe(i, m, p, s, memory, record, obs):
 def reset_one(i, m, p, state, memory, record, obs):
     """Begin an episode in market i, all in cash: a random window of the split, or, without random_start, range i."""
     s = state[i]
-    begin_episode(i, m.starts, m.stops, p.episode_length, p.random_start, s)
+    begin_episode(i, m.starts, m.stops, m.weights, p.episode_length, p.random_start, s)
     forget_returns(s)
     s.value_at_risk = 0.0
     s.window_growth = 0.0

@@ -30,7 +30,7 @@ def references(
     rules = {"equal weight": panel.present / np.maximum(panel.present.sum(axis=1, keepdims=True), 1)}
     if {"expected_return", "volatility"} <= set(panel.hidden):
         rules["closed form"] = closed_form(data, market.starts, risk_aversion)
-    if "crash_probability" in panel.hidden:
+    if "crash_probability" in panel.hidden and not panel.parameters:  # one symbol is best in all histories
         exact = cvar_alpha == 1.0 or bars == 1
         levels = {"closed form" if exact else "best constant": cvar_alpha} | ({"mean-optimal": 1.0} if cvar_alpha < 1.0 else {})
         for name, alpha in levels.items():

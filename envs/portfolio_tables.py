@@ -78,6 +78,7 @@ class PortfolioMarket(NamedTuple):
     context: np.ndarray  # (T, C) float32: regime features and global series
     starts: np.ndarray  # (R,) first row of each range at which a decision can be taken
     stops: np.ndarray  # (R,) end of each range
+    weights: np.ndarray  # (R,) float64: relative probabilities of episodes to lie in it, or (0,): by its number of windows
 
 
 class PortfolioData:
@@ -133,7 +134,7 @@ class PortfolioData:
             starts.append(max(start, first) + usable[0])
         return PortfolioMarket(
             *self.execution, self.costs.rates, self.panel.present, self.group, self.gross, self.assets, self.context,
-            np.array(starts), split.ranges[:, 1].copy(),
+            np.array(starts), split.ranges[:, 1].copy(), split.odds,
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:

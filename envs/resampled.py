@@ -110,7 +110,8 @@ class Bootstrap(Chronological):
         starts = np.cumsum([0, *map(len, rows[:-1])])
         made = compound(panel, previous, np.concatenate(rows), starts)
         return replace(
-            panel, timestamps=np.concatenate(times), segments=starts, segment_split=tuple(labels), parameters={}, **made
+            panel, timestamps=np.concatenate(times), segments=starts, segment_split=tuple(labels), segment_weight=None,
+            parameters={}, **made,
         )  # fmt: skip
 
 
@@ -136,6 +137,8 @@ class Crossed(Chronological):
             for start, stop in split.ranges
         ]
 
+        source = panel.segment_of_row[[rows[0] for rows, _, _ in parts]]
+
         def cut(values: np.ndarray) -> np.ndarray:
             return np.concatenate([values[r] if values.ndim == 1 else values[np.ix_(r, c)] for r, c, _ in parts])
 
@@ -147,10 +150,8 @@ class Crossed(Chronological):
             extras={name: cut(values) for name, values in panel.extras.items()},
             segments=np.cumsum([0, *(len(rows) for rows, _, _ in parts[:-1])]),
             segment_split=tuple(label for _, _, label in parts),
-            parameters={
-                name: values[panel.segment_of_row[[rows[0] for rows, _, _ in parts]]]
-                for name, values in panel.parameters.items()
-            },
+            segment_weight=None if panel.segment_weight is None else panel.segment_weight[source],
+            parameters={name: values[source] for name, values in panel.parameters.items()},
         )
 
 
@@ -180,17 +181,25 @@ def resampled(spec: str, source: Panel, seed: int = 0) -> Panel:
     return config.remake(replace(source, name=spec, hidden={}), lambda split, j: np.random.default_rng([seed, split, j, level]))
 
 
-def _parse(spec: str) -> tuple[Shuffled | Bootstrap | Crossed, str]:
-    kind, *parts = spec.split(":")
+def leading_options(spec: str) -> tuple[list[str], str]:
+    """The parts key=value that follow the prefix of a specification, and the market after them.
+
+    Raises PanelError if no market is named.
+    """
+    _, *parts = spec.split(":")
     count = next((i for i, part in enumerate(parts) if not OPTION.fullmatch(part)), len(parts))
-    try:
-        config = parse_options(":".join(parts[:count]), RESAMPLED[kind](), f"--market {spec}")
-    except ValueError as error:
-        raise PanelError(str(error)) from None
     market = ":".join(parts[count:])
     if not market:
         raise PanelError(f"--market {spec}: no market to draw from, expected one at the end, such as {spec.rstrip(':')}:sp500")
-    return config, market
+    return parts[:count], market
+
+
+def _parse(spec: str) -> tuple[Shuffled | Bootstrap | Crossed, str]:
+    options, market = leading_options(spec)
+    try:
+        return parse_options(":".join(options), RESAMPLED[spec.partition(":")[0]](), f"--market {spec}"), market
+    except ValueError as error:
+        raise PanelError(str(error)) from None
 
 
 def calendar(panel: Panel, rows: np.ndarray, bars: int) -> np.ndarray:

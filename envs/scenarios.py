@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from envs.features import REGIMES
 from envs.panel import Panel, PanelError, Split
 from envs.resampled import calendar, compound, previous_close, stationary_blocks
 from envs.return_model import FEWEST, LEAST_VOL, WINDOW, fit, market_return, trailing
 
-REGIMES = ("calm-up", "calm-down", "volatile-up", "volatile-down")
 BINS = 3  # of a macro series
 MODELS = ("bootstrap", "learned")
 
@@ -187,6 +187,7 @@ def _training(panel: Panel, split: Split) -> Panel:
         **{name: values[rows] for name, values in panel.fields.items()},
         segments=np.flatnonzero(np.append(True, ~_consecutive(panel, rows))),
         segment_split=None,
+        segment_weight=None,
         hidden={},
         parameters={},
         extras={name: values[rows] for name, values in panel.extras.items()},

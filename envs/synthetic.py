@@ -16,6 +16,7 @@ from scipy.stats import norm
 from envs.costs import parse_values
 from envs.files import load_panel
 from envs.histories import INTRADAY, OVERNIGHT, Histories
+from envs.mixed import PREFIX, is_mixed, mix, parse_mixed
 from envs.panel import SPLIT_NAMES, Panel, PanelError
 from envs.randomisation import drawn_or_number, randomised
 from envs.resampled import is_resampled, resampled, source_of
@@ -210,11 +211,12 @@ class GarleanuPedersen(Histories):
 
     Symbol i's simple return of bar t+1 is factor f_i(t), known at the close of bar t, plus noise; f_i reverts to 0 by the
     share `reversion` a bar, slow for the even symbols, fast for the odd ones. No gaps: a bar opens where the last one closed.
-    The factor is the panel's extra series "factor".
+    The factor is the panel's extra series "factor". With `sign` -1 the return is the opposite of what it says.
     """
 
     assets: int = 4
     train: int = 100
+    sign: float = 1.0
     vol: float = 0.01
     strength: float = 0.2  # standard deviation of the factor, in units of vol
     reversion_slow: float = 0.03
@@ -225,6 +227,8 @@ class GarleanuPedersen(Histories):
         for key in ("vol", "strength"):
             if not 0 < getattr(self, key) < 1:
                 raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected a number between 0 and 1")
+        if abs(self.sign) != 1:
+            raise ValueError(f"synthetic market: sign={self.sign}: expected 1 or -1")
         for key in ("reversion_slow", "reversion_fast"):
             if not 0 < getattr(self, key) <= 1:
                 raise ValueError(f"synthetic market: {key}={getattr(self, key)}: expected a number in (0, 1]")
@@ -237,7 +241,7 @@ class GarleanuPedersen(Histories):
         for t in range(1, self.bars):
             factor[t] += (1.0 - reversion) * factor[t - 1]
         factor *= self.strength * self.vol
-        expected = np.concatenate([np.zeros((1, self.assets)), factor[:-1]])
+        expected = self.sign * np.concatenate([np.zeros((1, self.assets)), factor[:-1]])
         returns = np.maximum(expected + self.vol * rng.standard_normal(shape), -0.99)
         hidden = {"expected_return": expected, "reversion": np.tile(reversion, (self.bars, 1))}
         hidden["volatility"] = np.full(shape, self.vol)
@@ -456,11 +460,21 @@ def make_panel(spec: str, seed: int = 0) -> Panel:
 
 def load_market(spec: str, seed: int = 0, **selection) -> Panel:
     """The panel that `--market` names: a synthetic one drawn from `seed`, any that `load_panel` reads, or one made of
-    another market by a prefix (`envs/resampled.py`), drawn from `seed` too.
+    another market by a prefix (`envs/resampled.py`, `envs/mixed.py`), drawn from `seed` too.
 
     `selection` (symbols, start, columns, ...) is passed on to `load_panel`, by a prefix to its market; a synthetic market
     takes none of it, but for series_lag, which says nothing by itself. Raises PanelError as these do.
     """
+    if is_mixed(spec):
+        config, options, market = parse_mixed(spec)
+        source = load_market(market, seed, **selection)
+        own = f"synthetic:{config.synthetic}:assets={source.num_symbols}:val=1:test=1:{options}".rstrip(":")
+        # of a seed of its own: a synthetic source, or a prefix in it, would have the same training histories
+        other_seed = int(np.random.SeedSequence([seed, spec.split(":").count(PREFIX)]).generate_state(1)[0])
+        try:
+            return mix(spec, source, make_panel(own, other_seed), config.share)
+        except PanelError as error:
+            raise PanelError(f"--market {spec}: {error}") from None
     if is_resampled(spec):
         return resampled(spec, load_market(source_of(spec), seed, **selection), seed)
     if not spec.startswith("synthetic:"):
@@ -473,4 +487,4 @@ def load_market(spec: str, seed: int = 0, **selection) -> Panel:
 
 def drawn_from_seed(spec: str) -> bool:
     """Whether every seed has prices of its own on the market `spec`: what `load_market` does not simply read."""
-    return spec.startswith("synthetic:") or is_resampled(spec)
+    return spec.startswith("synthetic:") or is_resampled(spec) or is_mixed(spec)

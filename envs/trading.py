@@ -10,9 +10,9 @@ those of what is held when a price is made:
 - next_close: the bar's path comes before the order: where it closes the position, the order is cancelled.
 - same_close: the order is filled at the close of t; all of bar t+1, its opening gap included, runs over what is held then.
 
-Exits that need no price are orders at the ordinary fill and override the agent's: max_holding, daily loss, breaker. A weight
-above max_exposure is cut back to it, unless the agent sells more. Without a bar of the symbol nothing is filled, and the
-agent's order is void; a symbol that is delisted is closed at its last price.
+Exits that need no price are orders at the ordinary fill, wait for a bar to be filled, and override the agent's: max_holding,
+daily loss, breaker. A weight above max_exposure is cut back to it, unless the agent sells more. Without a bar of the symbol
+nothing is filled, and the agent's order is void; a symbol that is delisted is closed at its last price.
 """
 
 import math
@@ -188,7 +188,9 @@ def reset_one(i, m, p, state, memory, mask, obs):
     else:
         begin = m.order[number % len(m.order)]
         end = begin + 1
-    begin_episode(i, m.starts[begin:end], m.stops[begin:end], p.episode_length, p.random_start, s)
+    begin_episode(
+        i, m.starts[begin:end], m.stops[begin:end], m.weights[begin:end], p.episode_length, p.random_start, s
+    )  # fmt: skip
     s.symbol = m.symbol[begin]
     s.held = 0
     s.adds = 0
@@ -315,7 +317,7 @@ def trade_one(i, m, p, state, memory, actions, b):
 def limit_one(m, p, s, before, weight):
     """Daily loss and breaker at the mark s.t; `before` is the equity at the mark before."""
     if m.day[s.t] != m.day[s.t - 1]:
-        s.day_equity, s.stopped = before, False
+        s.day_equity, s.stopped = before, s.stopped and weight > 0.0  # a halt puts the exit off, not out
     if s.equity <= s.day_equity * (1.0 - p.daily_loss):
         s.stopped = True
     if s.cooldown > 0 and weight == 0.0:

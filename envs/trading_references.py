@@ -15,7 +15,7 @@ from envs.costs import FILLS, RECORD, TRADABLE, Costs, account_step
 from envs.ledger import Policy, backtest
 from envs.panel import Split
 from envs.synthetic import OVERNIGHT, reversion, stationary_deviation
-from envs.trading import BUY_LARGE, HOLD, SELL_ALL, TradingVectorEnv
+from envs.trading import BUY_LARGE, BUY_SMALL, HOLD, SELL_ALL, TradingVectorEnv
 from envs.trading_tables import POSITION, TradingData
 
 NODES = 12  # of the Gauss-Hermite quadrature of each part of a bar
@@ -47,7 +47,9 @@ def thresholds(data: TradingData, split: Split, signal: np.ndarray, buy: float, 
 
     def policy(obs, mask, rows):
         x = signal[rows, symbol]
-        order = np.where(obs[:, flat] > 0, np.where(x < buy, BUY_LARGE, HOLD), np.where(x > sell, SELL_ALL, HOLD))
+        buys = np.arange(BUY_SMALL, BUY_LARGE + 1)
+        most = np.where(mask[:, buys], buys, HOLD).max(axis=1)
+        order = np.where(obs[:, flat] > 0, np.where(x < buy, most, HOLD), np.where(x > sell, SELL_ALL, HOLD))
         return np.where(mask[np.arange(len(order)), order], order, HOLD)
 
     return policy
@@ -55,16 +57,18 @@ def thresholds(data: TradingData, split: Split, signal: np.ndarray, buy: float, 
 
 def references(data: TradingData, split: Split) -> dict[str, pd.DataFrame]:
     """Ledgers on `split` of `flat` and `buy and hold`, and on synthetic:ou of `threshold at 0`, which buys below the level and
-    sells above it, and `optimal band`. The last two are told the true deviation.
+    sells above it, and, unless histories draw keys of their own, `optimal band`, the best where a buy is all of the equity, and
+    no exit or limit closes it. The last two are told the true deviation.
     """
     nothing = np.zeros(data.panel.close.shape)
     rules = {"flat": (nothing, -np.inf, np.inf), "buy and hold": (nothing, np.inf, np.inf)}
     hidden = data.panel.hidden
     if {"deviation", "half_life", "volatility"} <= set(hidden):
-        half_life, vol = (float(hidden[key].flat[0]) for key in ("half_life", "volatility"))
-        best = optimal_band(half_life, vol, data.costs, data.fill)
         rules["threshold at 0"] = (hidden["deviation"], 0.0, 0.0)
-        rules["optimal band"] = (hidden["deviation"], best.buy, best.sell)
+        if not data.panel.parameters:  # one band is best in all histories
+            half_life, vol = (float(hidden[key].flat[0]) for key in ("half_life", "volatility"))
+            best = optimal_band(half_life, vol, data.costs, data.fill)
+            rules["optimal band"] = (hidden["deviation"], best.buy, best.sell)
     return {name: run(data, split, thresholds(data, split, *rule)) for name, rule in rules.items()}
 
 

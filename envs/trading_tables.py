@@ -55,7 +55,6 @@ class TradingConfig:
 
     costs: str = "institutional"
     fill: str = "auto"  # next_open where the panel has opens, else next_close; or same_close
-    symbols: tuple[str, ...] = ()  # of the panel, to be traded; none: all
     window: int = 16  # bars of technical features that an agent sees
     sizes: tuple[float, float, float] = (0.25, 0.5, 1.0)  # weights that a small, a medium and a large buy bring the position to
     part: float = 0.5  # share of the position that a partial sale sells
@@ -77,8 +76,6 @@ class TradingConfig:
                 raise ValueError(f"{field}={getattr(self, field)!r}: expected {what}")
 
         expect(self.fill in ("auto", *FILLS), "fill", f"auto or one of {FILLS}")
-        expect(not isinstance(self.symbols, str), "symbols", "a tuple of names")
-        expect(len(set(self.symbols)) == len(self.symbols), "symbols", "different names")
         expect(self.window >= 1, "window", "at least 1 bar")
         expect(0 < self.max_position <= 1, "max_position", "a fraction in (0, 1]: nothing is borrowed")
         ascending = len(self.sizes) == 3 and 0 < self.sizes[0] < self.sizes[1] < self.sizes[2] <= 1
@@ -130,6 +127,7 @@ class TradingMarket(NamedTuple):
     symbol: np.ndarray  # (P,) int64: symbol of each run
     starts: np.ndarray  # (P,) its first row at which a decision can be taken
     stops: np.ndarray  # (P,) its end
+    weights: np.ndarray  # (P,) float64: relative probabilities of episodes to lie in it, or (0,): by its number of windows
     range_of: np.ndarray  # (P,) its range of the split
     first: np.ndarray  # (K + 1,): runs first[k] to first[k + 1] are those of the k-th symbol that can be traded
     order: np.ndarray  # (P,): all runs, range by range: market i runs run order[i] in a backtest
@@ -138,24 +136,31 @@ class TradingMarket(NamedTuple):
 class TradingData:
     """A panel with the tables of Trading-v0 over it, shared by all environments on that panel.
 
+    symbols: those to be traded, by default all of the panel; what is seen of the whole market does not depend on it.
+
     Attributes: `panel`, `config`, `costs` (Costs), `fill`, `columns` (numbers of the symbols to be traded), `features` (names
     of the F technical features), `forecasts` (names of the panel's extra series: those per symbol, then the global ones), and
     `layout`: the name of each block of the observation -> slice. Block `window` is (config.window, F), the oldest bar first,
     with zeros before a history begins; POSITION and PORTFOLIO name `position` and `portfolio`, features.REGIME_FEATURES
-    `regime`; a forecast is 0 where nothing is known yet. Raises ValueError naming the field, PanelError for the panel.
+    `regime`; a forecast is 0 where nothing is known yet. Raises ValueError naming the field, PanelError for the panel and
+    for symbols that it does not have, or that are named twice.
 
     Where a panel has no opens the close is a bar's only price, so that stops and targets are touched, and filled, at closes.
     """
 
-    def __init__(self, panel: Panel, config: TradingConfig = TradingConfig()):
+    def __init__(self, panel: Panel, config: TradingConfig = TradingConfig(), symbols: Sequence[str] | None = None):
         self.panel, self.config = panel, config
         self.costs: Costs = load_costs(config.costs)
         self.fill = default_fill(panel) if config.fill == "auto" else config.fill
         self.execution = execution(panel, self.fill, self.costs, DELIST_AFTER)
-        unknown = [name for name in config.symbols if name not in panel.symbols]
-        if unknown:
-            raise PanelError(f"symbols: panel {panel.name!r} has no {unknown}; expected some of {list(panel.symbols)}")
-        self.columns = np.array([panel.symbols.index(name) for name in config.symbols or panel.symbols])
+        traded = list(panel.symbols if symbols is None else symbols)
+        unknown = [name for name in traded if name not in panel.symbols]
+        if unknown or not traded or len(set(traded)) < len(traded):
+            raise PanelError(
+                f"symbols={symbols!r}{f', unknown {unknown}' if unknown else ''}: expected different ones of panel "
+                f"{panel.name!r}: {list(panel.symbols)}"
+            )
+        self.columns = np.array([panel.symbols.index(name) for name in traded])
         self.features, technical = technical_features(panel)
         self.windowed = np.ascontiguousarray(technical.transpose(1, 0, 2))
         annual = np.exp(technical[..., ASSET_FEATURES.index("log_vol")].T)
@@ -204,7 +209,7 @@ class TradingData:
                         rows.append((j, r, usable[0], end))
         if not rows:
             raise ValueError(
-                f"panel {self.panel.name!r}, split {split.name!r}: none of its symbols has a bar to decide at; "
+                f"panel {self.panel.name!r}, split {split.name!r}: no symbol to trade has a bar to decide at; "
                 f"expected more than {WARMUP} bars from the listing of a symbol on"
             )
         return np.array(rows)
@@ -213,11 +218,12 @@ class TradingData:
         panel, runs = self.panel, self.runs(split)
         symbol = runs[:, 0]
         first = np.flatnonzero(np.append(True, symbol[1:] != symbol[:-1]))
+        odds = split.odds[runs[:, 1]] if len(split.odds) else split.odds
         return TradingMarket(
             *self.execution, self.costs.rates, FILLS.index(self.fill),
             *self.path, panel.present, self.day, panel.segments[panel.segment_of_row], self.windowed, self.regime, self.own,
             self.shared, self.sizing,
-            symbol.copy(), runs[:, 2].copy(), runs[:, 3].copy(), runs[:, 1].copy(), np.append(first, len(runs)),
+            symbol.copy(), runs[:, 2].copy(), runs[:, 3].copy(), odds, runs[:, 1].copy(), np.append(first, len(runs)),
             np.argsort(runs[:, 1], kind="stable"),
         )  # fmt: skip
 

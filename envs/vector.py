@@ -60,11 +60,12 @@ def uniform(key, counter):
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
-def begin_episode(i, starts, stops, episode_length, random_start, s):
+def begin_episode(i, starts, stops, weights, episode_length, random_start, s):
     """Put market i's state `s` at the start of a random window of a split, or, without random_start, of range i modulo R.
 
-    starts, stops (R,): first row at which a decision can be taken, and end, of each range. A task, s.task >= 0, is the one
-    range that comes into question, with random_start or without.
+    starts, stops (R,): first row at which a decision can be taken, and end, of each range. weights (R,): relative
+    probabilities of the ranges; (0,): every window is as likely as any other. A task, s.task >= 0, is the one range that comes
+    into question, with random_start or without.
     """
     ranges = len(starts)
     r, pick = i % ranges, 0
@@ -73,16 +74,18 @@ def begin_episode(i, starts, stops, episode_length, random_start, s):
         r, first, end = s.task, s.task, s.task + 1
     if random_start:
         shortest = max(1, episode_length)
-        total = 0
+        total = 0.0
         for q in range(first, end):
-            total += max(1, stops[q] - starts[q] - shortest)
-        pick = int(uniform(s.key, s.counter) * total)
+            total += weights[q] if len(weights) > 0 else max(1, stops[q] - starts[q] - shortest)
+        left = uniform(s.key, s.counter) * total
         s.counter += np.uint64(1)
         for r in range(first, end):
             choices = max(1, stops[r] - starts[r] - shortest)
-            if pick < choices:
+            share = weights[r] if len(weights) > 0 else np.float64(choices)
+            if left < share:
                 break
-            pick -= choices
+            left -= share
+        pick = min(choices - 1, int(left * (choices / share)))  # rounding could reach the end of the range
     s.range = r
     s.t = starts[r] + pick
     s.stop = stops[r]

@@ -119,8 +119,8 @@ def portfolio_data(name: str, panel: Panel, groups: Path, **changes) -> Portfoli
     return PortfolioData(panel, PortfolioConfig(**({"costs": DEAR} | config | changes)))
 
 
-def trading_data(panel: Panel, **changes) -> TradingData:
-    return TradingData(panel, TradingConfig(**({"costs": DEAR} | TRADING | changes)))
+def trading_data(panel: Panel, symbols: tuple[str, ...] | None = None, **changes) -> TradingData:
+    return TradingData(panel, TradingConfig(**({"costs": DEAR} | TRADING | changes)), symbols)
 
 
 def ragged_with_series() -> Panel:

@@ -63,6 +63,7 @@ class Script:
     kept: tuple[str, ...]  # what a checkpoint holds besides what all hold
     numbers: tuple[str, ...] = ()  # in run.json besides what all have
     columns: tuple[str, ...] = LEDGER
+    scored: float = 0.75  # share of each history that is in the ledger, at least
     unexplained: tuple[str, ...] = ()  # flags that --help only lists
     suppressed: tuple[str, ...] = ()  # arguments without a flag
     logs: bool = True  # offline data of its market
@@ -164,6 +165,12 @@ def allocator_agent(module, saved):
 def grpo_agent(module, saved):
     args = module.Args(**{**saved["args"], "portfolio": PortfolioConfig(**saved["args"]["portfolio"])})
     return module.Agent(args, len(saved["model"]["symbol"]), len(saved["model"]["mean"]))
+
+
+def pearl_agent(module, saved):
+    args = module.Args(**{**saved["args"], "portfolio": PortfolioConfig(**saved["args"]["portfolio"])})
+    obs_size, actions = len(saved["model"]["norm.mean"]), len(saved["model"]["reach"])
+    return module.Agent(obs_size, actions, args.episodes * args.episode_length, args)
 
 
 def maml_agent(module, saved):
@@ -279,6 +286,54 @@ SCRIPTS = {
             policy=lambda g: g["make_policy"]("test"),
             most_minibatches=64,
             unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
+        ),
+        Script(
+            name="rl2_leadlag",
+            env_id="LeadLag-v0",
+            market="synthetic:hidden:news=0:bars=400:train=2:val=1:test=2",
+            sizes=("--num-envs", "64", "--episodes", "2", "--episode-length", "8"),
+            own=("--max-lookback", "60", "--num-lookbacks", "5", "--hidden", "16", "--eval-episodes", "3"),
+            given={
+                "leadlag": {"max_lookback": 60, "num_lookbacks": 5}, "num_envs": 64, "episodes": 2, "episode_length": 8,
+                "hidden": 16,
+            },
+            score="growth",
+            others=(
+                *(f"lookback {k}" for k in (5, 9, 17, 32, 60)), "best in training", "random", "equal weight",
+                "oracle regime", "oracle returns",
+            ),
+            costs="institutional",
+            make_agent=lambda module, saved: module.Agent(
+                len(saved["model"]["norm.mean"]), len(saved["model"]["actor.4.bias"]), saved["args"]["memory"],
+                saved["args"]["hidden"],
+            ),
+            losses=("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance"),
+            kept=(),
+            scored=0.49,  # the second half; memories adapt on the first
+            idles=False,  # its actions are drawn
+            unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
+            logs=False,
+        ),
+        Script(
+            name="pearl_portfolio",
+            env_id="Portfolio-v0",
+            market="synthetic:merton:drift=-0.003|0.003:vol=0.03:bars=300:train=2:val=1:test=2",
+            sizes=("--num-envs", "2", "--episodes", "2", "--episode-length", "128"),
+            own=("--gradient-steps", "8", "--meta-batch", "3", "--batch-size", "16", "--hidden", "16", "--buffer-size", "600"),
+            given={
+                "portfolio": {"constraints": "long_short", "gross": 2.0}, "num_envs": 2, "num_tasks": 2, "episode_length": 128,
+                "buffer_size": 600, "gamma": 0.0,
+            },
+            score="utility",
+            others=("unadapted", "equal weight", "closed form"),
+            costs="zero",
+            make_agent=pearl_agent,
+            losses=("actor_loss", "critic_loss", "kl", "alpha_loss", "alpha", "entropy", "q"),
+            kept=("target", "buffers"),
+            numbers=("last_100_returns",),
+            columns=(*LEDGER[:-1], *GUARDS, "action", "parameter_drift"),
+            unexplained=("costs",),
+            logs=False,
         ),
         PPOScript(
             name="ppo_transformer_trading",

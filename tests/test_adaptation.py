@@ -4,10 +4,11 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from envs.adaptation import adaptation_report, print_adaptation
+from envs.adaptation import adaptation_report, print_adaptation, rolling_sharpe
 from envs.ledger import write_json
 
 RETURNS = np.array([[0.0, 1.0, 3.0], [2.0, 2.0, 5.0], [1.0, 6.0, 4.0]])
@@ -99,3 +100,41 @@ def test_the_table_shows_every_number(capsys):
 def test_what_does_not_fit_is_said(change, expected):
     with pytest.raises(ValueError, match=expected):
         report(**change)
+
+
+# --- Sharpe ratio by regime
+
+
+def test_rolling_sharpe_by_hand():
+    """Windows of 2 bars in runs of the same label, market and split; the fifth bar alone is no window."""
+    net = [0.01, 0.03, 0.02, 0.00, 0.05, 0.01, 0.02, -0.01, 0.01, 0.04]
+    labels = np.array([0, 0, 0, 1, 0, 1, 1, 1, 1, 2])
+    ledger = pd.DataFrame({"split": ["val"] * 7 + ["test"] * 3, "market": [0] * 5 + [1] * 5, "net_return": net})
+    found = rolling_sharpe(ledger, labels, 2, bars_per_year=2.0)
+
+    def ratio(a, b):  # of two returns: their mean over |a - b| / sqrt(2), times sqrt(2)
+        return (a + b) / 2 / abs(a - b) * 2
+
+    assert list(found) == [0, 1, 2]
+    assert found[0] == {"sharpe": pytest.approx(np.mean([ratio(0.01, 0.03), ratio(0.03, 0.02)])), "windows": 2, "stretches": 1}
+    assert found[1] == {"sharpe": pytest.approx(np.mean([ratio(0.01, 0.02), 0.0])), "windows": 2, "stretches": 2}
+    assert np.isnan(found[2]["sharpe"]) and found[2]["windows"] == found[2]["stretches"] == 0
+
+
+def test_rolling_sharpe_takes_names_of_regimes_and_markets_in_any_order():
+    rng = np.random.default_rng(0)
+    ledger = pd.DataFrame({"split": "test", "market": np.arange(60) % 2, "net_return": rng.standard_normal(60)})
+    labels = np.where(np.arange(60) < 30, "calm", "wild")
+    sorted_ = np.argsort(ledger["market"].to_numpy(), kind="stable")
+    found = rolling_sharpe(ledger, labels, 10, 252.0)
+    assert found == rolling_sharpe(ledger.iloc[sorted_].reset_index(drop=True), labels[sorted_], 10, 252.0)
+    assert found["calm"]["windows"] == found["wild"]["windows"] == 2 * 6 and found["calm"]["stretches"] == 2
+
+
+@pytest.mark.parametrize(
+    "labels, window, expected",
+    [(np.zeros(3), 2, r"labels: shape \(3,\): expected \(4,\)"), (np.zeros(4), 1, "window=1: expected at least 2 bars")],
+)
+def test_what_rolling_sharpe_refuses(labels, window, expected):
+    with pytest.raises(ValueError, match=expected):
+        rolling_sharpe(pd.DataFrame({"split": "test", "market": 0, "net_return": np.zeros(4)}), labels, window, 252.0)

@@ -24,7 +24,7 @@ from test_runner import FakeRay, alive, wait_for
 
 from envs import ledger, trades, trading_references
 from envs.synthetic import load_market, make_panel
-from envs.trading_tables import TradingConfig, TradingData, shard_of
+from envs.trading_tables import TradingData, shard_of
 
 pytest_plugins = ["scripts"]
 
@@ -246,7 +246,7 @@ def template(tmp_path_factory) -> Path:
     splits = panel.split(0.4, 0.3, 5)
     for number in (1, 2, 3, 5):
         for index in range(number):
-            data = TradingData(panel, TradingConfig(symbols=shard_of(NAMES, f"{index}/{number}")))
+            data = TradingData(panel, symbols=shard_of(NAMES, f"{index}/{number}"))
             noise = np.random.default_rng([number, index]).standard_normal(panel.close.shape)
             frames = {
                 name: trading_references.run(data, split, trading_references.thresholds(data, split, noise, -1.0, 1.0))

@@ -14,7 +14,7 @@ from envs.ledger import growth
 from envs.synthetic import load_market
 
 LEADLAG, PORTFOLIO, DIFFMARKET, QUANTILE = "ppo_leadlag", "ppo_portfolio", "grpo_diffmarket", "ppo_quantile_portfolio"
-RECURRENT, TRANSFORMER = "ppo_recurrent_leadlag", "ppo_transformer_trading"
+RECURRENT, TRANSFORMER, RL2 = "ppo_recurrent_leadlag", "ppo_transformer_trading", "rl2_leadlag"
 HIERARCHICAL = "ppo_hierarchical_trading"
 MAML = "maml_leadlag"
 TAIL = ("--market", "synthetic:tail", "--total-timesteps", "4000000")
@@ -68,6 +68,23 @@ def test_a_memory_balances_the_pole_without_velocities(tmp_path, seed):
         options = ["--env-id", "CartPole-v1", "--observed", "0", "2", "--memory", memory, "--seed", str(seed)]
         found[memory] = train(RECURRENT, tmp_path / memory, *options)["eval_return"]
     assert found["lstm"] >= 450 and found["none"] < 200, found
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_a_memory_learns_to_explore_bandits(tmp_path, seed):
+    """Duan et al. (2016), of ten pulls of five arms: RL^2 6.7, Gittins' index 6.6, Thompson sampling 5.7, chance 5.0."""
+    run = train(RL2, tmp_path, "--env-id", "Bandits-v0", "--seed", str(seed))
+    stages = [stage["mean"] for stage in run["adaptation"]["stages"]]
+    assert run["eval_return"] >= 6.3 and stages[0] < 0.56, stages
+    assert run["adaptation"]["transfer_gain"]["low"] > 0.05
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("tasks", ["bull-bear", "mixed"])
+def test_a_memory_of_earlier_episodes_is_worth_something_on_held_out_tasks(tmp_path, tasks, seed):
+    run = train(RL2, tmp_path, "--market", tasks, "--seed", str(seed))
+    assert run["adaptation"]["transfer_gain"]["low"] > 0 and run["adaptation"]["completion"] >= 0.98
+    assert run["probe"]["regime"][3] > 0.7
 
 
 @pytest.mark.parametrize("seed", range(1, 4))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from envs import ledger
+from envs import ledger, references
 from envs.costs import RECORD, RUIN, execution, load_costs
 from envs.leadlag_tables import LeadLagData
 from envs.panel import Panel, Split
@@ -34,6 +34,15 @@ def table(*markets, **columns) -> pd.DataFrame:
         part["equity"], part["market"] = np.cumprod(1 + np.array(net)), m
         parts.append(part)
     return pd.concat(parts, ignore_index=True).assign(**columns)
+
+
+def test_orders_of_a_bar_were_given_at_the_row_before_it(small_data):
+    split = small_data.panel.split()["test"]
+    frame = references.run(small_data, split, references.hold(np.zeros(small_data.panel.num_bars, np.int64)))
+    starts = small_data.market(split).starts
+    expected = np.concatenate([np.arange(a, b - 1) for a, b in zip(starts, split.ranges[:, 1])])
+    assert_same_bits(ledger.decided_rows(frame, small_data.panel, split.ranges), expected)
+    assert_same_bits(ledger.decided_rows(frame[::-1], small_data.panel, split.ranges), expected[::-1].copy())
 
 
 def test_scores_by_hand():

@@ -321,6 +321,11 @@ PANEL_ERRORS = {
     "no segment": ({"segments": np.array([], dtype=np.int64)}, ["segments"]),
     "segment type": ({"segments": np.array([0], dtype=np.int32)}, ["segments", "int32", "int64"]),
     "label": ({"segment_split": ("training",)}, ["segment_split", "training"]),
+    "two to cut": (
+        {"close": np.ones((6, 1)), "segments": np.array([0, 2, 4]), "segment_split": (None, "train", None)},
+        ["segment_split", "or one None"],
+    ),
+    "weight": ({"segment_weight": np.ones(2)}, ["segment_weight", "(2,)", "one number for each segment"]),
     "label count": ({"segment_split": ("train", "val")}, ["segment_split", "1 of"]),
     "no symbol": ({"symbols": ()}, ["symbols"]),
     "symbol list": ({"symbols": ["A", "B"]}, ["symbols", "tuple"]),
@@ -672,6 +677,32 @@ def test_labelled_segments_are_split_by_label():
     two = Split("train", np.array([[0, 4], [7, 12]]))
     assert two.num_bars == 9
     assert two.describe(panel) == {"start": "2020-01-01T00:00:00", "end": "2020-01-05T00:00:00", "bars": 9}
+
+
+def test_one_segment_without_a_label_is_cut_in_time():
+    """As it would be alone, wherever it stands among the others; weights go with what a range is made of."""
+    weights = np.array([3.0, 1.0, 2.0])
+    times = np.datetime64("2020-01-01", "ns") + np.arange(26) * np.timedelta64(1, "D")
+    panel = make_panel(
+        np.ones((26, 1)), times, segments=np.array([0, 3, 23]), segment_split=("train", None, "test"), segment_weight=weights
+    )
+    splits, alone = panel.split(0.5, 0.25, 2), line(20).split(0.5, 0.25, 2)
+    assert splits["train"].ranges.tolist() == [[0, 3], *(alone["train"].ranges + 3).tolist()]
+    assert splits["val"].ranges.tolist() == (alone["val"].ranges + 3).tolist()
+    assert splits["test"].ranges.tolist() == [*(alone["test"].ranges + 3).tolist(), [23, 26]]
+    assert {name: split.weights.tolist() for name, split in splits.items()} == {"train": [3, 1], "val": [1], "test": [1, 2]}
+    assert panel.select(end="2020-01-20").segment_weight.tolist() == [3, 1]
+    assert panel.resample("2D").split(0.5, 0.25)["test"].weights.tolist() == [1, 2]
+    with fails("split(embargo=-1)", ">= 0"):
+        panel.split(embargo=-1)
+    with fails("split(train=0.9, val=0.2)", "sum < 1"):
+        panel.split(0.9, 0.2)
+
+
+@pytest.mark.parametrize("weights", ([1.0], [1.0, 0.0], [1.0, np.nan], [1.0, np.inf], [[1.0, 1.0]]))
+def test_weights_of_a_split_are_positive_numbers_for_each_range(weights):
+    with fails("split 'train': weights", "expected 2 positive numbers"):
+        Split("train", [[0, 4], [4, 8]], weights)
 
 
 SPLIT_ERRORS = {

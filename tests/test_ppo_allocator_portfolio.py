@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pandas as pd
@@ -24,7 +26,8 @@ from scripts import (
 )
 from torch.distributions import Normal
 
-from envs import ledger
+from envs import ledger, portfolio_references
+from envs.costs import RUIN
 from envs.portfolio import RegimeGuard
 from envs.portfolio_tables import PortfolioData
 from envs.trading import ORDERS
@@ -174,6 +177,40 @@ def test_a_symbol_that_is_listed_late_or_gone_gets_nothing(script, inside, tmp_p
     frame = Run(g["run_dir"]).ledger
     weights, time = actions_of(frame), frame["timestamp"]
     assert not weights[time <= wide.index[210], 2].any() and weights.min() >= 0 and weights.sum(axis=1).max() <= 1 + 1e-9
+
+
+def test_an_account_that_is_ruined_says_no_more(frozen, monkeypatch):
+    """Its agent asks for everything until its symbol loses 99% in a bar. All other accounts go on."""
+    g, variables = frozen, frozen["run_agents"].__globals__
+    (start, stop), (later, end) = g["splits"]["test"].ranges
+    ruin, symbol = start + 150, 1
+    fields = {name: values.copy() for name, values in g["panel"].fields.items()}
+    for values in fields.values():
+        values[ruin:stop, symbol] *= 0.01
+    panel = replace(g["panel"], **fields)
+    data = PortfolioData(replace(panel, extras=dict.fromkeys(g["SERIES"], np.zeros(panel.close.shape))), g["args"].portfolio)
+    monkeypatch.setitem(variables, "data", data)
+    monkeypatch.setitem(variables, "trading", TradingData(panel, g["trading"].config))
+    monkeypatch.setitem(variables, "env_options", g["env_options"] | {"data": data, "guard": RegimeGuard()})
+    given = {name: weight.clone() for name, weight in g["agents"].state_dict().items()}
+    bias = torch.tensor([9.0 * (order == "buy_large") + (order == "hold") for order in ORDERS])
+    g["agents"].load_state_dict(given | {"actor.4.weight": torch.zeros_like(given["actor.4.weight"]), "actor.4.bias": bias})
+    accounts, frame = g["run_agents"]("test"), g["backtest"]("test", g["equal_budgets"])
+    g["agents"].load_state_dict(given)
+
+    over = panel.timestamps[ruin]
+    account = accounts.query("symbol == 'S01' and range == 0")
+    assert (account["equity"] <= RUIN).to_numpy().tolist() == (account["timestamp"] >= over).to_numpy().tolist()
+    dead = account[account["timestamp"] > over]
+    assert len(dead) > 100 and not dead[["net_return", "turnover", "gross_exposure"]].to_numpy().any()
+    said = g["said"](data)
+    acts = said[:, :, g["SERIES"].index("agent_acts")]
+    assert acts[start + 60 : ruin].all() and acts[ruin : stop - 1, [0, 2]].all() and acts[later + 60 : end - 1].all()
+    assert not said[ruin:stop, symbol].any() and dict(Counter(accounts["symbol"])) == dict.fromkeys(panel.symbols, 2 * 339)
+    weights, first = actions_of(frame), (frame["market"] == 0).to_numpy()
+    after = first & (frame["timestamp"] > over).to_numpy()
+    assert not weights[after, symbol].any() and (weights[first & ~after, symbol] > 0.3).all()
+    assert (weights[after][:, [0, 2]] > 0.3).all() and (weights[~first] > 0.3).all()
 
 
 # --- budgets
@@ -395,6 +432,19 @@ def test_the_chosen_agents_are_those_of_the_chosen_model(base, inside, tmp_path)
     assert not actions_of(Run(folder).ledger).any()
 
 
+def test_agents_that_learned_for_the_worse_are_not_chosen(script, agents, inside, monkeypatch):
+    """Validation scores that fall from the first one on, before the fine-tuning: the report is of the agents as they were."""
+    falling = count(0, -1)
+    monkeypatch.setattr(portfolio_references, "utility", lambda *_: float(next(falling)))
+    tuned = ["--finetune-fraction", "0.5", "--finetune-rate", "0.01", "--eval-every", "1", "--total-timesteps", "4096"]
+    run = Run(inside(*script.short, *tuned)["run_dir"])
+    given = agents.model["best_model"]
+    assert not torch.equal(run.model["agents"]["embed.weight"], given["embed.weight"])
+    assert_same_content(dict(run.model["best_agents"]), given)
+    theirs = pd.read_parquet(agents.folder / "symbols.parquet").drop(columns="free")
+    assert_same_ledger(pd.read_parquet(run.folder / "symbols.parquet"), theirs)
+
+
 def test_what_is_said_inside_the_graph_is_what_was_recorded(checkpoints):
     """By the agents as they are: on every training bar, 0 where there is none, and differentiable."""
     g, _ = checkpoints
@@ -514,6 +564,9 @@ def test_a_run_that_cannot_be_used_is_named(script, agents, base, complaint, tmp
     assert "weights of ppo_transformer_trading.py" in line()
     fewer = {name: value for name, value in told["args"].items() if name != "layers"}
     assert "'layers'; expected arguments" in line(args=fewer)
+    trading = told["args"]["trading"] | {"lots": 3}
+    assert "'lots'; expected arguments" in line(args=told["args"] | {"trading": trading})
+    assert "trades --shard 1/3 of the symbols; expected" in line(args=told["args"] | {"shard": "1/3"})
     (folder / "model.pt").unlink()
     assert "no model.pt" in line()
     other = complaint(*script.short, "--agents", str(base.folder))

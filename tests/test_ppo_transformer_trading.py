@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from conftest import run_python
 from scripts import SCRIPTS, Run, candles, prices
 
 from envs import ledger, trades, trading_references
+from envs.costs import RUIN
 from envs.trading import ADD, BUY_LARGE, HOLD, ORDERS, SELL_ALL
 from envs.trading_tables import TradingConfig, TradingData
 
@@ -209,6 +211,23 @@ def test_free_decisions_are_those_with_a_choice(script, inside):
     assert (found["action"][~found["free"]] == HOLD).all() and (found["gross_exposure"][~found["free"]] == 0).all()
 
 
+def test_a_ruined_account_has_no_choice(script, inside, monkeypatch):
+    """It stays in the ledger, where HOLD stands for what it can no longer order; that is no policy that has given up."""
+    g = inside(*script.short, "--total-timesteps", "1024")
+    start, stop = g["splits"]["val"].ranges[0]
+    fields = {name: values.copy() for name, values in g["panel"].fields.items()}
+    for values in fields.values():
+        values[start + 150 : stop] *= 0.01
+    with torch.no_grad():
+        g["agent"].actor[4].weight.zero_()
+        g["agent"].actor[4].bias.copy_(9.0 * (torch.arange(len(ORDERS)) == BUY_LARGE))
+    crashed = TradingData(replace(g["panel"], **fields), g["data"].config)
+    monkeypatch.setitem(g["make_policy"].__globals__, "data", crashed)
+    frame = g["backtest"]("val")[0]
+    over = (frame["equity"] <= RUIN) & (frame["equity"].shift() <= RUIN)
+    assert over.sum() > 300 and not frame["free"][over].any() and frame["free"][~over].all()
+
+
 def planted(g, choose, free=None):
     """A policy that orders what `choose` says where the mask lets it."""
 
@@ -280,6 +299,21 @@ def test_chosen_symbols_and_closes_alone(script, inside, tmp_path):
     run = Run(inside(*script.short, *options, "--total-timesteps", "4096")["run_dir"])
     assert run.json["panel"]["symbols"] == list(run.json["symbols"]) == ["C1", "C3"]
     assert run.json["args"]["symbols"] == ["C1", "C3"] and run.json["market"]["fill"] == "next_close"
+
+
+def test_a_split_without_a_symbol_is_said_before_the_training(script, complaint, tmp_path):
+    wide = prices()
+    wide.iloc[130:, 4] = np.nan  # before validation begins
+    wide.to_csv(tmp_path / "closes.csv")
+    line = complaint(*script.short, "--market", str(tmp_path / "closes.csv"), "--shard", "4/6")
+    assert "split 'val': no symbol to trade has a bar" in line
+
+
+def test_every_symbol_has_a_market_to_train_in(script, complaint, tmp_path):
+    """With fewer markets than symbols the last ones would never be seen, and be traded all the same."""
+    prices().to_csv(tmp_path / "closes.csv")
+    line = complaint(*script.short, "--market", str(tmp_path / "closes.csv"), "--num-envs", "5")
+    assert "--num-envs 5: expected at least 6, one for each symbol" in line
 
 
 @pytest.mark.parametrize(

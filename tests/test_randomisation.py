@@ -91,6 +91,19 @@ def test_what_is_drawn_does_not_move_what_happens(market, key, value):
         assert_same_bits(ranged.hidden[name], truth)
 
 
+def test_what_is_drawn_has_random_numbers_of_its_own(monkeypatch):
+    """Not those of the prices, of the reach of bars, or of a prefix; a seed sequence reads missing entries as zeros."""
+    keys, original = [], np.random.default_rng
+
+    def record(key):
+        keys.append((*key, *[0] * (6 - len(key))))
+        return original(key)
+
+    monkeypatch.setattr(np.random, "default_rng", record)
+    load_market("shuffled:bootstrap:train=2:val=1:paths=1:synthetic:noise:bars=300:train=2:val=1:test=1:vol=0.01..0.02", 1)
+    assert len(keys) == 3 * 4 + 4 + 4 and len(set(keys)) == len(keys)
+
+
 def test_every_history_has_the_parameters_that_it_says():
     """vol shows in the prices of the history, the drift in its truth; whole numbers arrive as such."""
     panel = make_panel("synthetic:merton:bars=3000:train=20:val=2:test=3:vol=0.01~0.3:drift=-0.01..0.01", 2)

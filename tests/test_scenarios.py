@@ -49,6 +49,18 @@ def simulated(lengths, seed: int = 0, dof: float = 8.0) -> Panel:
     return panel_of(returns, macro=state + 0.1 * rng.random(len(state)))
 
 
+@pytest.fixture
+def whole_fit():
+    """For a test of how good the learned model is: its fit runs to its end."""
+
+
+@pytest.fixture(autouse=True)
+def few_steps(request, monkeypatch):
+    """Most tests need a learned model, not a good one."""
+    if "whole_fit" not in request.fixturenames:
+        monkeypatch.setattr(return_model, "STEPS", 20)
+
+
 @pytest.fixture(scope="module")
 def crashes() -> Panel:
     return simulated(LENGTHS)
@@ -276,7 +288,7 @@ def test_held_out_bars_only_say_when_to_stop(monkeypatch):
     assert any((fit(other, before, labels, 3, 0).state_dict()[name] != a[name]).any() for name in a)
 
 
-def test_parameters_are_those_of_the_best_step(monkeypatch):
+def test_parameters_are_those_of_the_best_step(monkeypatch, whole_fit):
     seen, original = [], ReturnModel.log_likelihood
 
     def record(self, x, returns):
@@ -292,12 +304,12 @@ def test_parameters_are_those_of_the_best_step(monkeypatch):
     assert model.held_out == seen[best] and len(seen) == best + 1 + 7 < return_model.STEPS
 
 
-def test_trailing_volatility_drives_the_next_bar():
+def test_trailing_volatility_drives_the_next_bar(whole_fit):
     """Volatility here is that of the window before: learnt, and a path that begins wild stays wilder."""
     rng = np.random.default_rng(0)
-    before = rng.standard_normal((3000, WINDOW)) * rng.choice([0.005, 0.02], (3000, 1))
-    returns = before.std(axis=1, keepdims=True) * rng.standard_normal((3000, 4))
-    model = fit(returns, before, np.zeros(3000, int), 1, 0)
+    before = rng.standard_normal((1200, WINDOW)) * rng.choice([0.005, 0.02], (1200, 1))
+    returns = before.std(axis=1, keepdims=True) * rng.standard_normal((1200, 4))
+    model = fit(returns, before, np.zeros(1200, int), 1, 0)
     tame, wild = (np.sort(before.std(axis=1)).searchsorted(v) for v in (0.005, 0.02))
     order = np.argsort(before.std(axis=1))
     starts = before[order[[tame, wild]].repeat(500)]
@@ -359,7 +371,7 @@ def test_a_label_stays_and_each_is_as_likely(crashes):
     assert made.hidden["held_out"].shape == () and np.isfinite(made.hidden["held_out"])
 
 
-def test_learned_histories_have_the_statistics_of_their_label(crashes):
+def test_learned_histories_have_the_statistics_of_their_label(crashes, whole_fit):
     """Volatility within 15% of the rows that have the label, which is far from that of all rows; the true correlations
     within 0.1."""
     training = paths(crashes)[0][100:1000]

@@ -198,6 +198,17 @@ def test_news_tells_the_regimes_apart_slowly():
     np.testing.assert_array_equal(loud.extras["news"] > 0, regime == OPEN)  # of this bar, and no other
 
 
+def test_forecasts_of_the_other_sign_are_the_same_and_what_they_say_the_opposite():
+    spec = "synthetic:garleanu-pedersen:bars=300:train=1:val=1:test=1"
+    panel, other = make_panel(spec, seed=1), make_panel(f"{spec}:sign=-1", seed=1)
+    np.testing.assert_array_equal(panel.extras["factor"], other.extras["factor"])
+    np.testing.assert_array_equal(panel.hidden["expected_return"], -other.hidden["expected_return"])
+    first, second = (np.diff(p.close, axis=0) / p.close[:-1] - p.hidden["expected_return"][1:] for p in (panel, other))
+    inside = np.ones(len(first), bool)
+    inside[panel.segments[1:] - 1] = False
+    np.testing.assert_allclose(first[inside], second[inside], atol=1e-12)  # the noise
+
+
 def test_garleanu_pedersen_is_as_described():
     """Factors are stationary and revert at two speeds; the next simple return is the factor plus noise; no gaps."""
     panel = make_panel("synthetic:garleanu-pedersen:bars=3000:train=8:val=1:test=1:vol=0.02:strength=0.3", seed=1)
@@ -311,6 +322,7 @@ def test_noise_earns_nothing_on_average():
         ("synthetic:leadlag:vol_slow=-1", ("vol_slow=-1.0: expected",)),
         ("synthetic:noise:vol=nan", ("vol=nan: expected",)),
         ("synthetic:garleanu-pedersen:strength=0", ("strength=0.0: expected a number between 0 and 1",)),
+        ("synthetic:garleanu-pedersen:sign=0.5", ("sign=0.5: expected 1 or -1",)),
         ("synthetic:garleanu-pedersen:vol=1", ("vol=1.0: expected",)),
         ("synthetic:garleanu-pedersen:reversion_slow=0", ("reversion_slow=0.0: expected a number in (0, 1]",)),
         ("synthetic:garleanu-pedersen:reversion_fast=1.1", ("reversion_fast=1.1: expected",)),

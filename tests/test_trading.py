@@ -85,7 +85,7 @@ def scripted(bars, hours: int = 24, fields=("open", "high", "low")) -> Panel:
 def play(bars, orders, costs="zero", hours=24, fields=("open", "high", "low"), **config):
     """Steps of one market over scripted bars: per step (event, equity, weight, turnover, order executed)."""
     panel = scripted(bars, hours, fields)
-    data = TradingData(panel, TradingConfig(costs=costs, symbols=("A",), **config))
+    data = TradingData(panel, TradingConfig(costs=costs, **config), ("A",))
     env = make_env(data, split=whole(panel), episode_length=0, random_start=False)
     env.reset(seed=0)
     steps = []
@@ -141,14 +141,20 @@ def test_bad_arguments_are_named(ou_data):
     ):
         with pytest.raises(ValueError, match=said):
             make_env(ou_data, **options)
-    with pytest.raises(PanelError, match=r"no \['S9'\].*'S00', 'S01', 'S02'"):
-        TradingData(ou_data.panel, TradingConfig(symbols=("S01", "S9")))
+    for symbols, said in (
+        (("S01", "S9"), r"unknown \['S9'\].*"),
+        (("S01", "S01"), "'S01', 'S01'.*"),
+        ((), ".*"),
+        ("S01", "'S01'.*"),
+    ):
+        with pytest.raises(PanelError, match=rf"symbols=.*{said}expected different ones of .*\['S00', 'S01', 'S02'\]"):
+            TradingData(ou_data.panel, symbols=symbols)
 
 
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("fill", "yesterday"), ("symbols", "S01"), ("symbols", ("S01", "S01")), ("window", 0), ("max_adds", -1),
+        ("fill", "yesterday"), ("window", 0), ("max_adds", -1),
         ("sizes", (0.5, 0.25, 1.0)), ("sizes", (0.0, 0.5, 1.0)), ("sizes", (0.5, 0.7, 1.1)), ("sizes", (0.5, 1.0)),
         ("part", 0.0), ("part", 1.0), ("add", 0.0), ("add", 1.1), ("stop_loss", -0.1), ("stop_loss", 1.0),
         ("take_profit", -0.1), ("max_holding", -1), ("max_position", 0.0), ("max_position", 1.1), ("max_exposure", 0.9),
@@ -272,7 +278,7 @@ def test_nothing_fills_in_a_halt_and_the_stop_fills_at_the_open_after_it():
 def test_a_delisted_position_is_closed_at_its_last_price(fill, at):
     """Once more than DELIST_AFTER bars are missing; then the run ends, though the range does not."""
     panel = scripted([CALM, (101, 104, 100, 103)] + [None] * 30)
-    data = TradingData(panel, TradingConfig(costs="zero:commission_bps=10", symbols=("A",), fill=fill))
+    data = TradingData(panel, TradingConfig(costs="zero:commission_bps=10", fill=fill), ("A",))
     env = make_env(data, split=whole(panel), episode_length=0, random_start=False)
     env.reset(seed=0)
     assert DELIST_AFTER == 10
@@ -297,6 +303,10 @@ def test_maximum_holding_time(fill, bars):
 def test_a_forced_exit_waits_for_a_bar():
     steps = play([CALM, CALM, None, CALM, CALM], [BUY_LARGE, HOLD, HOLD, HOLD], max_holding=2)
     assert events(steps) == [NO_EVENT, NO_EVENT, NO_EVENT, MAX_HOLD]
+    bars = [CALM, (90,) * 4, None, None, (90,) * 4, (80,) * 4]
+    for limit, event in (({"daily_loss": 0.05}, DAILY_LOSS), ({"max_drawdown": 0.05}, BREAKER)):
+        steps = play(bars, [BUY_LARGE, *[HOLD] * 4], **limit)
+        assert events(steps) == [NO_EVENT] * 4 + [event] and steps[4][2] == 0.0, "though the day has passed"
 
 
 def test_additions_average_in_and_their_number_is_limited():
@@ -519,7 +529,7 @@ class SlowAccount:
         elif was or fill != "next_close":
             self.held += 1
         if self.day[t] != self.day[t + 1]:
-            self.yesterday, self.stopped = start, False
+            self.yesterday, self.stopped = start, self.stopped and self.shares > 0
         self.stopped |= c.daily_loss is not None and self.equity <= self.yesterday * (1 - c.daily_loss)
         if self.rest > 0:
             self.rest -= self.shares == 0
@@ -679,7 +689,7 @@ def test_a_million_steps_obey_the_mask_and_the_limits():
 def test_holding_moves_no_bit():
     """A position that is held has no turnover and no cost, and earns the price's return to the last digit of its shares."""
     panel = ragged_panel(1)
-    data = TradingData(panel, TradingConfig(costs="retail", symbols=("R0",)))
+    data = TradingData(panel, TradingConfig(costs="retail"), ("R0",))
     env = make_env(data, split=whole(panel), episode_length=0, random_start=False)
     env.reset(seed=0)
     row, equity = int(env._state.t[0]), 1.0
@@ -843,10 +853,10 @@ def test_runs_begin_after_the_warm_up_and_end_with_the_symbol():
     assert all(len(found) > 20 and min(found) >= 150 for found in rows.values())
     shifted = make_env(data, 3, split=late, first_market=3)
     assert shifted.reset(seed=0)[1]["symbol"].tolist() == [5, 0, 1]
-    some = TradingData(panel, TradingConfig(symbols=("R4", "R1")))
+    some = TradingData(panel, symbols=("R4", "R1"))
     assert make_env(some, 3, split=late).reset(seed=0)[1]["symbol"].tolist() == [4, 1, 4]
-    with pytest.raises(ValueError, match="split 'train': none of its symbols has a bar to decide at.*60 bars"):
-        make_env(TradingData(panel, TradingConfig(symbols=("R3",))), split=late)
+    with pytest.raises(ValueError, match="split 'train': no symbol to trade has a bar to decide at.*60 bars"):
+        make_env(TradingData(panel, symbols=("R3",)), split=late)
 
 
 def test_random_windows_cover_every_run_of_a_symbol(ou_data):
@@ -913,7 +923,7 @@ def test_a_symbol_sees_its_own_bars_and_series():
 def test_ruin_ends_the_episode():
     crash = [CALM, (100, 100, 4, 4), CALM]
     panel = scripted(crash)
-    env = make_env(TradingData(panel, TradingConfig(costs="zero", symbols=("A",))), split=whole(panel), episode_length=0,
+    env = make_env(TradingData(panel, TradingConfig(costs="zero"), ("A",)), split=whole(panel), episode_length=0,
                    random_start=False)  # fmt: skip
     env.reset(seed=0)
     env.step(np.array([BUY_LARGE]))

@@ -1,6 +1,7 @@
 """What Trading-v0's agents are compared with: the best band on synthetic:ou against brute force, rules by their orders."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import FILLS
 
@@ -156,6 +157,19 @@ def test_other_markets_have_no_band():
     assert list(found) == ["flat", "buy and hold"] and found["buy and hold"]["gross_exposure"].iloc[5:].mean() > 0.4
     signal = np.ones(panel.close.shape)
     assert run(data, split, thresholds(data, split, signal, 0.0, 2.0))["turnover"].sum() == 0
+
+
+def test_rules_buy_what_the_largest_position_lets_them():
+    """Where the largest order is more than that, it is masked, and they give the next smaller one."""
+    panel = make_panel("synthetic:ou:bars=300:train=1:val=1:test=1:assets=2", 0)
+    split = panel.split()["test"]
+    found, expected = (
+        references(TradingData(panel, TradingConfig(max_position=0.5, sizes=sizes)), split)
+        for sizes in ((0.1, 0.5, 1.0), (0.1, 0.2, 0.5))
+    )
+    for name in ("buy and hold", "threshold at 0", "optimal band"):
+        assert found[name]["turnover"].any() and found[name]["gross_exposure"].max() == pytest.approx(0.5, abs=0.01)
+        pd.testing.assert_frame_equal(found[name].drop(columns="action"), expected[name].drop(columns="action"))
 
 
 def test_bad_arguments_are_named():

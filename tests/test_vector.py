@@ -100,6 +100,23 @@ def test_a_task_is_a_range_of_the_split(market):
             env.reset(options=wrong)
 
 
+def test_ranges_come_up_by_their_weights(market):
+    """Of a split whose ranges have weights; a task is still a task, and without random starts every range comes in turn."""
+    data, options = market
+    bars = data.panel.num_bars
+    ranges = data.panel.split()["train"].ranges if data.panel.segment_split else [[0, bars * 3 // 4], [bars * 3 // 4, bars]]
+    split = Split("train", ranges, [0.9, 0.1])
+    env = make_env(data, 1000, **options | {"split": split, "episode_length": 5})
+    second = env.reset(seed=1)[1]["row"] >= split.ranges[1, 0]
+    if env.takes_tasks or len(env._market.starts) == 2 * (len(env._market.first) - 1):  # every symbol in both ranges
+        assert second.mean() == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 1000))
+    if env.takes_tasks:
+        assert (env.reset(options={"tasks": np.ones(1000, int)})[1]["range"] == 1).all()
+    ordered = make_env(data, 2, **options | {"split": split, "episode_length": 0, "random_start": False})
+    plain = make_env(data, 2, **options | {"split": Split("train", ranges), "episode_length": 0, "random_start": False})
+    assert_same_bits(ordered.reset(seed=0)[1]["row"], plain.reset(seed=0)[1]["row"])
+
+
 def test_the_last_info_of_an_episode_names_its_own_range(market):
     data, options = market
     single = single_env(data, **options | {"episode_length": 3})
