@@ -372,6 +372,11 @@ def test_the_ledger_is_unadapted_first_and_adapted_later(script, inside):
         assert before.any() and after.any()
         assert (frame["action"] == plain["action"])[before].all()
         assert (frame["action"] != plain["action"])[after].mean() > 0.1
+    early = {name: torch.zeros_like(p) for name, p in g["stages"][0].items()}
+    late = {**early, "bias2": early["bias2"] + torch.eye(5)[1]}
+    policy, begins = g["policy_of"](early, late, parts[1].ranges[:, 0]), parts[1].ranges[:, 0]
+    for rows, expected in ((begins - 1, 0), (begins, 1)):  # the very row from which on the second part's orders are given
+        assert (policy(np.zeros((2, g["obs_size"]), np.float32), np.ones((2, 5), bool), rows) == expected).all()
 
 
 def test_the_report_is_of_second_parts(script, inside):
