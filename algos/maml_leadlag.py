@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 import envs  # noqa: F401  (registers the environments)
 from envs import ledger, references
-from envs.adaptation import adaptation_report, print_adaptation
+from envs.adaptation import adaptation_report, print_adaptation, sharpe_by_regime
 from envs.costs import RUIN
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.synthetic import load_market
-from envs.tasks import HELD_OUT, TASK_SETS, halves
+from envs.tasks import HELD_OUT, TASK_SETS, halves, slices
 
 MARKET_ENV = "LeadLag-v0"
 DIVERGED = 1e6  # losses and KL divergences that no step of a policy has; where tanh saturates nothing need overflow
@@ -92,6 +92,8 @@ class Args:
     """absolute (one of the lookbacks), delta (shorter, same, longer) or hybrid (both)"""
     max_jump: int = 0
     """most steps on the grid of lookbacks in one bar (0: no limit)"""
+    task_bars: int = 0
+    """bars of each task that the ranges of a split are cut into, for a market of one history (0: each range is a task)"""
     adapt_share: float = 0.5
     """share of each history, its beginning, to adapt on; what comes after is to be earned in"""
 
@@ -393,6 +395,8 @@ if __name__ == "__main__":
     ):  # fmt: skip
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if args.task_bars < 0:
+        sys.exit(f"--task-bars {args.task_bars}: expected at least 0")
     is_market = args.env_id == MARKET_ENV
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
     batch_size = args.tasks_per_batch * args.episodes_per_task * args.num_steps * (args.inner_steps + 1)
@@ -420,8 +424,11 @@ if __name__ == "__main__":
                 splits = panel.walk_forward(args.folds, val_fraction=args.val_fraction, embargo=args.embargo)[args.fold]
             else:
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
-            parts = {name: halves(split, args.adapt_share) for name, split in splits.items()}
             data = LeadLagData(panel, args.leadlag)
+            if args.task_bars:
+                warmup = int(data.lookbacks[0])
+                splits = {name: slices(panel, split, args.task_bars, warmup) for name, split in splits.items()}
+            parts = {name: halves(split, args.adapt_share) for name, split in splits.items()}
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"costs   {data.costs.describe()}")
         adapt_envs = make_envs(args, data, parts and parts["train"][0], args.tasks_per_batch)
@@ -629,6 +636,9 @@ if __name__ == "__main__":
             scored.append((returns.mean(dim=1).cpu().numpy(), torch.isfinite(returns).all(dim=1).cpu().numpy()))
     returns, completed = (np.stack(rows, axis=1) for rows in zip(*scored))
     run["adaptation"] = adaptation_report(returns, returns[:, 0], completed, args.seed)
+    if is_market:
+        later = parts["test"][1]
+        run["adaptation"]["sharpe_by_regime"] = sharpe_by_regime(backtest(later, policy_of(stages[-1])), panel, later.ranges)
     print_adaptation(run["adaptation"])
     ledger.write_json(run_dir / "run.json", run)
     print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")

@@ -29,13 +29,13 @@ from tqdm import tqdm
 
 import envs  # noqa: F401  (registers Portfolio-v0)
 from envs import ledger, portfolio_references
-from envs.adaptation import adaptation_report, print_adaptation
+from envs.adaptation import adaptation_report, print_adaptation, sharpe_by_regime
 from envs.costs import RUIN
 from envs.panel import Split
-from envs.portfolio_tables import PortfolioConfig, PortfolioData
+from envs.portfolio_tables import WARMUP, PortfolioConfig, PortfolioData
 from envs.probe import linear_probe
 from envs.synthetic import load_market
-from envs.tasks import HELD_OUT, TASK_SETS, halves
+from envs.tasks import HELD_OUT, TASK_SETS, halves, slices
 
 MARKET_ENV = "Portfolio-v0"
 LOGGED = ("actor_loss", "critic_loss", "kl", "alpha_loss", "alpha", "entropy", "q")  # of every gradient step
@@ -101,6 +101,8 @@ class Args:
     """costs, fill and constraints"""
     max_score: float = 5.0
     """largest score that the policy can give; the market takes up to 10"""
+    task_bars: int = 0
+    """bars of each task that the ranges of a split are cut into, for a market of one history (0: each range is a task)"""
     adapt_share: float = 0.5
     """share of each history, its beginning, that contexts come from; what comes after is learned from, or scored"""
     episodes: int = 3
@@ -458,6 +460,8 @@ if __name__ == "__main__":
     ):  # fmt: skip
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if args.task_bars < 0:
+        sys.exit(f"--task-bars {args.task_bars}: expected at least 0")
     for flag in ("learning_rate", "kl_coef", "patience"):
         if getattr(args, flag) < 0:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected 0 or more")
@@ -504,6 +508,8 @@ if __name__ == "__main__":
                 splits = panel.walk_forward(args.folds, val_fraction=args.val_fraction, embargo=args.embargo)[args.fold]
             else:
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
+            if args.task_bars:
+                splits = {name: slices(panel, split, args.task_bars, WARMUP) for name, split in splits.items()}
             for name, split in splits.items():
                 adapting[name], scored[name] = halves(split, args.adapt_share)
             data = PortfolioData(panel, args.portfolio)
@@ -821,6 +827,8 @@ if __name__ == "__main__":
     returns, completed, means, variances, context, count, truth = adaptation("test")
     _, _, val_means, _, _, _, val_truth = adaptation("val")
     run["adaptation"] = adaptation_report(returns, returns[:, 0], completed, args.seed)
+    if is_market:
+        run["adaptation"]["sharpe_by_regime"] = sharpe_by_regime(frames["test"], panel, splits["test"].ranges)
     run["latent"] = {
         "kl": [float(divergence(*stage).mean()) for stage in zip(means, variances)],
         "spread": means.std(dim=1, correction=0).tolist(), "std": variances.sqrt().mean(dim=1).tolist(),

@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 import envs  # noqa: F401  (registers LeadLag-v0 and Bandits-v0)
 from envs import ledger, references
-from envs.adaptation import adaptation_report, print_adaptation
+from envs.adaptation import adaptation_report, print_adaptation, sharpe_by_regime
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.probe import linear_probe
 from envs.synthetic import load_market
-from envs.tasks import HELD_OUT, TASK_SETS, halves
+from envs.tasks import HELD_OUT, TASK_SETS, halves, slices
 
 MARKET_ENV = "LeadLag-v0"
 SPLITS = ("train", "val", "test")
@@ -95,6 +95,8 @@ class Args:
     """bars in an episode, which starts at a random bar of the task; with --env-id, steps that the trial has for each episode"""
     max_jump: int = 0
     """most steps on the grid of lookbacks in one bar (0: no limit)"""
+    task_bars: int = 0
+    """bars of each task that the ranges of a split are cut into, for a market of one history (0: each range is a task)"""
     adapt_share: float = 0.5
     """share of each history, from its start, that backtests adapt on; the rest is what they score"""
 
@@ -342,6 +344,8 @@ if __name__ == "__main__":
     ):  # fmt: skip
         if getattr(args, flag) < 1:
             sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected at least 1")
+    if args.task_bars < 0:
+        sys.exit(f"--task-bars {args.task_bars}: expected at least 0")
     if not 0 < args.adapt_share < 1:
         sys.exit(f"--adapt-share {args.adapt_share}: expected a share above 0 and below 1")
     is_market = args.env_id == MARKET_ENV
@@ -376,7 +380,10 @@ if __name__ == "__main__":
             else:
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
             data = LeadLagData(panel, args.leadlag)
-            for name, split in splits.items():  # each history: what is adapted on, and, later, what is scored
+            if args.task_bars:
+                warmup = int(data.lookbacks[0])
+                splits = {name: slices(panel, split, args.task_bars, warmup) for name, split in splits.items()}
+            for name, split in splits.items():  # each task: what is adapted on, and, later, what is scored
                 adapting[name], scored[name] = halves(split, args.adapt_share)
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"costs   {data.costs.describe()}")
@@ -682,6 +689,7 @@ if __name__ == "__main__":
         }
         growths = {name: score["growth"] for name, score in scores.items()}
         run["capture"] = references.capture(growths["agent"], growths)
+        run["adaptation"]["sharpe_by_regime"] = sharpe_by_regime(frames["test"], panel, scored["test"].ranges)
         print(f"\ntest split, after costs, per year ({scores['agent']['bars']} bars; {scores['agent']['bootstrap']})")
         print(f"{'':22}{'Sharpe':>7}  {'95% interval':<16}{'growth':>8}{'drawdown':>10}{'turnover':>10}{'cost':>8}")
         for name, s in scores.items():

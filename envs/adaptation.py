@@ -4,9 +4,13 @@ ratio in windows of each regime."""
 import numpy as np
 import pandas as pd
 
-from envs.ledger import quantile_levels, sharpe
+from envs.features import REGIMES
+from envs.ledger import decided_rows, quantile_levels, sharpe
+from envs.panel import Panel
+from envs.tasks import regimes
 
 RESAMPLES = 2000
+REGIME_WINDOW = 20  # bars
 
 
 def adaptation_report(returns: np.ndarray, baseline: np.ndarray, completed: np.ndarray, seed: int) -> dict:
@@ -63,7 +67,8 @@ def _interval(scores: np.ndarray, seed: int) -> np.ndarray:
 
 
 def print_adaptation(report: dict):
-    """Print a report of `adaptation_report` as a table: a line per stage, the baseline, and the transfer gain."""
+    """Print a report of `adaptation_report` as a table: a line per stage, the baseline, and the transfer gain; and, if a script
+    has put it there as "sharpe_by_regime", what that function found."""
     print(f"\nadaptation on {report['tasks']} held-out tasks ({report['interval']})")
     print(f"{'':<24}{'mean':>10}  {'interval':<22}{'completed':>10}")
 
@@ -76,6 +81,8 @@ def print_adaptation(report: dict):
         line(f"after {stage}", score)
     line("unadapted baseline", report["baseline"])
     line("transfer gain", report["transfer_gain"])
+    for label, found in report.get("sharpe_by_regime", {}).items():
+        print(f"{label:<24}{found['sharpe']:>10.2f}  Sharpe ratio in {found['windows']} windows of {REGIME_WINDOW} bars")
 
 
 def rolling_sharpe(ledger: pd.DataFrame, labels: np.ndarray, window: int, bars_per_year: float) -> dict:
@@ -109,3 +116,12 @@ def rolling_sharpe(ledger: pd.DataFrame, labels: np.ndarray, window: int, bars_p
         }
         for label, parts in found.items()
     }
+
+
+def sharpe_by_regime(ledger: pd.DataFrame, panel: Panel, ranges: np.ndarray) -> dict:
+    """`rolling_sharpe` over windows of REGIME_WINDOW bars, by the regime in which orders were given (`tasks.regimes`).
+
+    ranges: (markets, 2), rows [start, stop) of the panel in which the bars of each of the ledger's markets lie.
+    """
+    names = np.array([*REGIMES, "unknown"])[regimes(panel)]  # -1, the last one: nothing is known yet
+    return rolling_sharpe(ledger, names[decided_rows(ledger, panel, ranges)], REGIME_WINDOW, panel.bars_per_year)

@@ -1,6 +1,7 @@
 """Tasks of meta-learning on markets: a task is one range of a split, a synthetic history or a slice of a real one."""
 
 import numpy as np
+import pandas as pd
 
 from envs.features import REGIME_FEATURES, regime_features
 from envs.panel import Panel, PanelError, Split
@@ -70,17 +71,21 @@ def slices(panel: Panel, split: Split, bars: int, warmup: int = 0) -> Split:
     return Split(split.name, np.array(ranges))
 
 
-def slice_regimes(panel: Panel, split: Split) -> np.ndarray:
-    """(n,) int64, the regime that each range of `split` begins in, as a number in `features.REGIMES`.
+def regimes(panel: Panel) -> np.ndarray:
+    """(T,) int64, the regime at each row, as a number in `features.REGIMES`; -1 in the first 20 rows of a history.
 
-    -1: it begins in the first 20 rows of a history. Volatile: the log volatility of the last 20 bars is above its median over
-    the rows of the history so far; down: the equally weighted market has lost in them. Both end with the range's first row,
-    whose close a decision may use.
+    Volatile: the log volatility of the last 20 bars is above its median over the rows of the history so far; down: the equally
+    weighted market has lost in them. Both end with the row, whose close a decision may use.
     """
-    features, found = regime_features(panel), np.full(len(split.ranges), -1)
+    features, found = regime_features(panel), np.full(panel.num_bars, -1)
     vol, trend = (features[:, REGIME_FEATURES.index(name)] for name in ("log_vol_20", "trend_20"))
-    for i, row in enumerate(split.ranges[:, 0]):
-        full = panel.segments[panel.segment_of_row[row]] + 20  # its first row with 20 returns
-        if row >= full:
-            found[i] = 2 * (vol[row] > np.median(vol[full : row + 1])) + (trend[row] < 0)
+    for start, stop in zip(panel.segments, np.append(panel.segments[1:], panel.num_bars)):
+        rows = slice(start + 20, stop)  # the first row with 20 returns
+        typical = pd.Series(vol[rows]).expanding().median().to_numpy()
+        found[rows] = 2 * (vol[rows] > typical) + (trend[rows] < 0)
     return found
+
+
+def slice_regimes(panel: Panel, split: Split) -> np.ndarray:
+    """(n,) int64, the regime that each range of `split` begins in, as `regimes` has it."""
+    return regimes(panel)[split.ranges[:, 0]]

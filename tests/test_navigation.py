@@ -132,7 +132,7 @@ def test_what_is_returned_belongs_to_the_caller():
     "call, words",
     [
         (lambda env: Navigation2DVectorEnv(0), "num_envs=0: expected at least 1"),
-        (lambda env: env.reset(options={"task": [1, 2]}), r"options: \['task'\]: expected only tasks"),
+        (lambda env: env.reset(options={"task": [1, 2]}), r"options \['task'\]: expected only tasks"),
         (lambda env: env.reset(options={"tasks": [1]}), r"expected 2 integers from -1 \(any\) up"),
         (lambda env: env.reset(options={"tasks": [1, -2]}), r"expected 2 integers from -1 \(any\) up"),
         (lambda env: env.reset(options={"tasks": [1.0, 2.0]}), r"expected 2 integers from -1 \(any\) up"),

@@ -173,7 +173,7 @@ def test_drift_of_the_hidden_market_is_in_the_session_and_changes_with_the_regim
     assert_same_bits(flat.extras["news"], panel.extras["news"])
 
 
-@pytest.mark.parametrize("name", [name for name in TASK_SETS if name.startswith("portfolio")])
+@pytest.mark.parametrize("name", [name for name in TASK_SETS if "merton" in TASK_SETS[name]])
 def test_portfolio_tasks_have_a_merton_fraction_of_their_own(name):
     panel = make_panel(TASK_SETS[name].replace("train=150", "train=60"), 1)
     PortfolioData(panel).market(halves(panel.split()["train"])[0])

@@ -1,0 +1,46 @@
+"""What the scripts that adapt have in common: tasks cut from one real history, and what they report of them."""
+
+import json
+
+import numpy as np
+import pytest
+from scripts import SCRIPTS, Run, prices
+
+from envs.features import REGIMES
+
+pytest_plugins = ["scripts"]
+META = ("rl2_leadlag", "maml_leadlag", "pearl_portfolio")
+
+
+@pytest.fixture(params=META)
+def script(request):
+    return SCRIPTS[request.param]
+
+
+def test_a_history_is_cut_into_tasks(script, inside, tmp_path):
+    """Into slices one after another; a rest that is too short for one belongs to none."""
+    prices(900).to_csv(tmp_path / "closes.csv")
+    wanted = ["--market", str(tmp_path / "closes.csv"), "--task-bars", "80", "--train-fraction", "0.5", "--embargo", "0"]
+    g = inside(*script.short, *wanted)
+    run = Run(g["run_dir"])
+    ranges = {name: split.ranges for name, split in g["splits"].items()}
+    train = 4 if script.env_id == "Portfolio-v0" else 5  # whose agents see nothing in the first 60 bars of a history
+    assert {name: len(r) for name, r in ranges.items()} == {"train": train, "val": 2, "test": 3}
+    assert all((np.diff(r, axis=1) == 80).all() for r in ranges.values())
+    assert (ranges["test"][:, 0] == [630, 710, 790]).all()  # half, then a fifth, of 900 bars are gone
+    assert run.json["adaptation"]["tasks"] == 3 and run.json["panel"]["splits"]["test"]["bars"] == 240
+    test = run.ledger.query("split == 'test'")
+    assert set(test["market"]) == {0, 1, 2}
+    found = run.json["adaptation"]["sharpe_by_regime"]
+    assert found and set(found) <= set(REGIMES) and sum(score["windows"] for score in found.values()) > 0
+    json.dumps(found)
+
+
+def test_too_long_a_task_is_named(script, complaint, tmp_path):
+    prices(300).to_csv(tmp_path / "closes.csv")
+    line = complaint(*script.short, "--market", str(tmp_path / "closes.csv"), "--task-bars", "100")
+    assert "split 'val': no slice of 100 rows" in line
+
+
+def test_task_bars_below_zero_are_named(script, complaint):
+    assert "--task-bars -3: expected at least 0" in complaint(*script.short, "--task-bars", "-3")
