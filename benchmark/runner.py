@@ -7,8 +7,9 @@ rules on drawn markets: a dozen scripts take less than half an hour on two cores
 so few steps say little.
 
 Scripts that learn from a dataset (OFFLINE) get one collected for them first, on the same terms, by collect.py: once for all
-that need it, into `<runs_dir>/datasets/<what was collected>/data`. Those that need the run of another script (MASTERS) are left
-out: nothing here makes it for them. Start both by hand, and give the scoreboard their run directories.
+that need it, into `<runs_dir>/datasets/<what was collected>/data`. Those that adapt (ADAPTING) run on sets of tasks only. Those
+that need the run of another script (MASTERS) are left out: nothing here makes it for them. Start both by hand, and give the
+scoreboard their run directories.
 
 Each run is a process with a folder of its own, `<runs_dir>/<job>/`, named after what it runs: started again, the runner skips
 what has finished under the same code, resumes what has left a checkpoint, and repeats the rest. What fails after its retries
@@ -50,6 +51,7 @@ from jobs import (
 from envs import ledger
 from envs.dataset import META, sha256_of
 from envs.synthetic import drawn_from_seed
+from envs.tasks import TASK_SETS
 
 BASELINES = "baselines"
 COLLECTOR = "collect"
@@ -58,6 +60,9 @@ COLLECTOR = "collect"
 OFFLINE = ("bc_", "cql_", "iql_")
 # And of those that need the run of another script, whose agents they command.
 MASTERS = ("ppo_allocator_",)
+# And of those that adapt to a task, a part of whose bars they spend on that: they run on sets of tasks alone (envs/tasks.py),
+# so that elsewhere no other script's scores are cut to the bars that are left.
+ADAPTING = ("maml_", "pearl_", "rl2_")
 DATASETS, DATASET = "datasets", "dataset.hdf5"
 # Markets of a script, by the last part of its name; any other script runs on the real one alone. --quick: the first two.
 REAL = "sp500"
@@ -75,6 +80,10 @@ VARIANTS = {
     ),
 }
 OFFLINE_MARKETS = ("synthetic:garleanu-pedersen", "synthetic:leadlag", REAL)  # --quick: the first
+TASKS = {
+    "leadlag": (TASK_SETS["bull-bear"], TASK_SETS["mixed"]),
+    "portfolio": (TASK_SETS["portfolio-signal"], TASK_SETS["portfolio-mixed"]),
+}  # --quick: the first
 # What is collected on a market, by the beginning of its name; any other is long only, as the online script trades it there.
 REGIMES = {
     "synthetic:leadlag": "lookback",
@@ -249,12 +258,15 @@ def data_folder(collection: BenchmarkJob, runs_dir: Path) -> Path:
 
 def markets_of(script: str, args: Args) -> list[str]:
     """Markets of a script, each once."""
+    kind, protocol = script.rpartition("_")[2], args.protocol
     if script.startswith(OFFLINE):
         own, quick = OFFLINE_MARKETS, 1
+    elif script.startswith(ADAPTING):
+        own, quick, protocol = TASKS[kind], 1, ()
     else:
-        own, quick = MARKETS.get(script.rpartition("_")[2], (REAL,)), 2
+        own, quick = MARKETS.get(kind, (REAL,)), 2
     own = args.markets or own[: quick if args.quick else None]
-    return list(dict.fromkeys([*own, *(PROTOCOL[name] for name in args.protocol)]))
+    return list(dict.fromkeys([*own, *(PROTOCOL[name] for name in protocol)]))
 
 
 def plan(args: Args) -> list[BenchmarkJob]:
