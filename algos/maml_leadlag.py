@@ -112,7 +112,9 @@ class Args:
     inner_lr: float = 3.0
     """step size of these updates; advantages are standardised, and say little of a single bar"""
     further_lr: float = 3.0
-    """step size of further ones, in evaluation"""
+    """step size of the next one, in evaluation"""
+    further_decay: float = 1.0
+    """factor on the step size from each further one to the next"""
     first_order: bool = False
     """leave out how the inner gradient depends on the weights (FOMAML)"""
     updates: int = 3
@@ -146,8 +148,8 @@ class Args:
 # What changes for --env-id: the published protocol of 2D navigation (100 units twice, 20 episodes of 100 steps, step size 0.1),
 # but for smaller further steps: standardised advantages do not shrink as the goal comes near.
 TEST_TASK = dict(
-    total_timesteps=40_000_000, num_steps=100, hidden=100, inner_lr=0.1, further_lr=0.025, learning_rate=1.5e-3, gamma=0.99,
-    gae_lambda=1.0,
+    total_timesteps=40_000_000, num_steps=100, hidden=100, inner_lr=0.1, further_lr=0.015, further_decay=0.5,
+    learning_rate=1.5e-3, gamma=0.99, gae_lambda=1.0,
 )  # fmt: skip
 
 
@@ -487,7 +489,9 @@ if __name__ == "__main__":
         for n in range(args.updates):
             batch = rollout(agent, stages[-1], envs, tasks, derived_seed(args.seed, EVALUATION, n), args, noise)
             before = {name: p.clone().requires_grad_() for name, p in stages[-1].items()}
-            after, _ = inner_update(agent, before, batch, args.inner_lr if n < args.inner_steps else args.further_lr)
+            further = n - args.inner_steps
+            step_size = args.inner_lr if further < 0 else args.further_lr * args.further_decay**further
+            after, _ = inner_update(agent, before, batch, step_size)
             stages.append({name: p.detach() for name, p in after.items()})
         return stages
 

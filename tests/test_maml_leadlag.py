@@ -395,14 +395,14 @@ def test_the_report_is_of_second_parts(script, inside):
 
 
 def test_further_updates_have_a_step_size_of_their_own(script, inside, monkeypatch):
-    sizes = ("--inner-lr", "0.1", "--further-lr", "0.03")
-    g = inside(*script.short, "--total-timesteps", "1024", "--inner-steps", "2", "--updates", "4", *sizes)
+    sizes = ("--inner-lr", "0.1", "--further-lr", "0.03", "--further-decay", "0.5")
+    g = inside(*script.short, "--total-timesteps", "1024", "--inner-steps", "2", "--updates", "5", *sizes)
     own, sizes = g["adapt"].__globals__, []
     monkeypatch.setitem(
         own, "inner_update", lambda a, p, b, size, _call=own["inner_update"]: sizes.append(size) or _call(a, p, b, size)
     )
     stages = own["adapt_to"]("val")
-    assert sizes == [0.1, 0.1, 0.03, 0.03] and len(stages) == 5
+    assert sizes == [0.1, 0.1, 0.03, 0.015, 0.0075] and len(stages) == 6
 
 
 def test_evaluation_changes_nothing_in_training(script, inside):
