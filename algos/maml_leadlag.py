@@ -64,7 +64,7 @@ class Args:
 
     env_id: str = MARKET_ENV
     """LeadLag-v0, or the id of a task whose reset takes options={"tasks": ...}, to check the algorithm: Navigation2D-v0"""
-    market: str = "bull-bear"
+    market: str = TASK_SETS["bull-bear"]
     """bull-bear, mixed or planted-lag, sets of tasks (envs/tasks.py); or any market, of which each range of bars is a task:
     sp500, a CSV or Parquet file, a folder of CSVs, or synthetic:<name>[:key=value...]; with the prefix shuffled:,
     bootstrap:[key=value:...] or crossed:, one made of it from the seed (envs/resampled.py)"""
@@ -383,6 +383,7 @@ if __name__ == "__main__":
     chosen, _ = first.parse_known_args()
     settings = TEST_TASK if chosen.env_id != MARKET_ENV else {}
     args = tyro.cli(Args, default=dataclasses.replace(Args(), **settings), config=(tyro.conf.OmitArgPrefixes,))
+    args.market = TASK_SETS.get(args.market, args.market)  # run.json has it in full
     checkpoint = None
     if args.resume:
         run_dir = Path(args.resume)
@@ -417,7 +418,7 @@ if __name__ == "__main__":
     try:
         if is_market:
             panel = load_market(
-                TASK_SETS.get(args.market, args.market), args.seed, symbols=args.symbols or None, start=args.start,
+                args.market, args.seed, symbols=args.symbols or None, start=args.start,
                 end=args.end, resample=args.resample,
             )  # fmt: skip
             if args.folds:
@@ -428,8 +429,7 @@ if __name__ == "__main__":
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
             data = LeadLagData(panel, args.leadlag)
             if args.task_bars:
-                warmup = int(data.lookbacks[0])
-                splits = {name: slices(panel, split, args.task_bars, warmup) for name, split in splits.items()}
+                splits = {name: slices(panel, split, args.task_bars) for name, split in splits.items()}
             parts = {name: halves(split, args.adapt_share) for name, split in splits.items()}
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"costs   {data.costs.describe()}")

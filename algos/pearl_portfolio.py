@@ -32,7 +32,7 @@ from envs import ledger, portfolio_references
 from envs.adaptation import adaptation_report, print_adaptation, sharpe_by_regime
 from envs.costs import RUIN
 from envs.panel import Split
-from envs.portfolio_tables import WARMUP, PortfolioConfig, PortfolioData
+from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.probe import linear_probe
 from envs.synthetic import load_market
 from envs.tasks import HELD_OUT, TASK_SETS, halves, slices
@@ -443,9 +443,11 @@ if __name__ == "__main__":
     first.add_argument("--env-id", "--env_id", default=MARKET_ENV)
     first.add_argument("--market", default=Args.market)
     chosen, _ = first.parse_known_args()
+    chosen.market = TASK_SETS.get(chosen.market, chosen.market)
     settings = next((settings for market, settings in KNOWN.items() if chosen.market.startswith(market)), {})
     settings = TEST_TASKS.get(chosen.env_id, CLASSIC_CONTROL) if chosen.env_id != MARKET_ENV else settings
     args = tyro.cli(Args, default=dataclasses.replace(Args(), **settings), config=(tyro.conf.OmitArgPrefixes,))
+    args.market = TASK_SETS.get(args.market, args.market)  # run.json has it in full
     checkpoint = None
     if args.resume:
         run_dir = Path(args.resume)
@@ -509,7 +511,7 @@ if __name__ == "__main__":
             else:
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
             if args.task_bars:
-                splits = {name: slices(panel, split, args.task_bars, WARMUP) for name, split in splits.items()}
+                splits = {name: slices(panel, split, args.task_bars) for name, split in splits.items()}
             for name, split in splits.items():
                 adapting[name], scored[name] = halves(split, args.adapt_share)
             data = PortfolioData(panel, args.portfolio)

@@ -330,6 +330,7 @@ if __name__ == "__main__":
     chosen, _ = first.parse_known_args()
     settings = TEST_TASK if chosen.env_id != MARKET_ENV else {}
     args = tyro.cli(Args, default=dataclasses.replace(Args(), **settings), config=(tyro.conf.OmitArgPrefixes,))
+    args.market = TASK_SETS.get(args.market, args.market)  # run.json has it in full
     checkpoint = None
     if args.resume:
         run_dir = Path(args.resume)
@@ -369,9 +370,8 @@ if __name__ == "__main__":
     data, splits, adapting, scored = None, dict.fromkeys(SPLITS), {}, {}
     try:
         if is_market:
-            market = TASK_SETS.get(args.market, args.market)
             panel = load_market(
-                market, args.seed, symbols=args.symbols or None, start=args.start, end=args.end, resample=args.resample
+                args.market, args.seed, symbols=args.symbols or None, start=args.start, end=args.end, resample=args.resample
             )
             if args.folds:
                 if not 0 <= args.fold < args.folds:
@@ -381,8 +381,7 @@ if __name__ == "__main__":
                 splits = panel.split(args.train_fraction, args.val_fraction, args.embargo)
             data = LeadLagData(panel, args.leadlag)
             if args.task_bars:
-                warmup = int(data.lookbacks[0])
-                splits = {name: slices(panel, split, args.task_bars, warmup) for name, split in splits.items()}
+                splits = {name: slices(panel, split, args.task_bars) for name, split in splits.items()}
             for name, split in splits.items():  # each task: what is adapted on, and, later, what is scored
                 adapting[name], scored[name] = halves(split, args.adapt_share)
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")

@@ -20,10 +20,11 @@ from envs.features import log_returns
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.panel import Panel, Split
 from envs.synthetic import load_market
+from envs.tasks import slices
 
 MULTIPLES = (0.0, 1.0, 2.0, 5.0)  # of the costs
 SELECTION = ("symbols", "start", "end", "resample", "columns", "series", "series_lag")
-SPLIT = ("folds", "fold", "train_fraction", "val_fraction", "embargo")
+SPLIT = ("folds", "fold", "train_fraction", "val_fraction", "embargo", "task_bars")
 TREND_BARS, TREND = 60, 0.5  # bars of the market's trend, and standard deviations from which on it is a bull or bear market
 CALM, CRISIS = 0.5, 0.9  # quantiles of volatility below and above which a bar is calm, or a crisis; choppy in between
 WINDOW, HARDEST = 63, 0.2  # bars of a window of the test split; share of the windows that count as hardest
@@ -47,8 +48,10 @@ def _load(market: str, seed: int, options: str) -> tuple[Panel, Split]:
     panel = load_market(market, seed, **{key: given[key] for key in SELECTION if given[key] not in (None, [])})
     if given["folds"]:
         folds = panel.walk_forward(given["folds"], val_fraction=given["val_fraction"], embargo=given["embargo"])
-        return panel, folds[given["fold"]]["test"]
-    return panel, panel.split(given["train_fraction"], given["val_fraction"], given["embargo"])["test"]
+        split = folds[given["fold"]]["test"]
+    else:
+        split = panel.split(given["train_fraction"], given["val_fraction"], given["embargo"])["test"]
+    return panel, slices(panel, split, given["task_bars"]) if given["task_bars"] else split
 
 
 @lru_cache(maxsize=1)

@@ -121,9 +121,11 @@ def decided_rows(frame: pd.DataFrame, panel: Panel, ranges: np.ndarray) -> np.nd
     """(len(frame),) int64, the row of the panel at whose close the orders of each bar of a ledger were given.
 
     That is the row before the bar's timestamp. ranges: (markets, 2), rows [start, stop) in which each market's bars lie, in
-    order of their numbers.
+    order of their numbers. Raises ValueError if the ledger has more markets.
     """
-    rows = np.zeros(len(frame), np.int64)
+    rows, markets = np.zeros(len(frame), np.int64), int(frame["market"].max()) + 1
+    if markets > len(ranges):
+        raise ValueError(f"ledger: {markets} markets: expected at most {len(ranges)}, one for each range of the split")
     for number, where in frame.groupby("market").indices.items():
         start, stop = ranges[number]
         rows[where] = start + np.searchsorted(panel.timestamps[start:stop], frame["timestamp"].to_numpy()[where]) - 1

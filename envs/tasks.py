@@ -46,7 +46,7 @@ def halves(split: Split, share: float = 0.5) -> tuple[Split, Split]:
     return Split(split.name, first, split.weights), Split(split.name, second, split.weights)
 
 
-def slices(panel: Panel, split: Split, bars: int, warmup: int = 0) -> Split:
+def slices(panel: Panel, split: Split, bars: int, warmup: int = 60) -> Split:
     """The ranges of `split` in slices of `bars` rows, one after another: the tasks of a real history.
 
     `slice_regimes` labels them. A rest that is shorter than `bars` belongs to none. A slice begins `warmup` rows after the

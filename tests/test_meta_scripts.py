@@ -7,6 +7,7 @@ import pytest
 from scripts import SCRIPTS, Run, prices
 
 from envs.features import REGIMES
+from envs.tasks import TASK_SETS
 
 pytest_plugins = ["scripts"]
 META = ("rl2_leadlag", "maml_leadlag", "pearl_portfolio")
@@ -24,8 +25,7 @@ def test_a_history_is_cut_into_tasks(script, inside, tmp_path):
     g = inside(*script.short, *wanted)
     run = Run(g["run_dir"])
     ranges = {name: split.ranges for name, split in g["splits"].items()}
-    train = 4 if script.env_id == "Portfolio-v0" else 5  # whose agents see nothing in the first 60 bars of a history
-    assert {name: len(r) for name, r in ranges.items()} == {"train": train, "val": 2, "test": 3}
+    assert {name: len(r) for name, r in ranges.items()} == {"train": 4, "val": 2, "test": 3}  # the first 60 bars are no task
     assert all((np.diff(r, axis=1) == 80).all() for r in ranges.values())
     assert (ranges["test"][:, 0] == [630, 710, 790]).all()  # half, then a fifth, of 900 bars are gone
     assert run.json["adaptation"]["tasks"] == 3 and run.json["panel"]["splits"]["test"]["bars"] == 240
@@ -44,3 +44,10 @@ def test_too_long_a_task_is_named(script, complaint, tmp_path):
 
 def test_task_bars_below_zero_are_named(script, complaint):
     assert "--task-bars -3: expected at least 0" in complaint(*script.short, "--task-bars", "-3")
+
+
+def test_a_set_of_tasks_goes_by_its_name(script, inside, monkeypatch):
+    """And by its specification in run.json, so that others can load it."""
+    monkeypatch.setitem(TASK_SETS, "some", script.market)
+    run = Run(inside(*script.short, "--market", "some", "--total-timesteps", "1024")["run_dir"])
+    assert run.json["args"]["market"] == script.market == run.json["panel"]["name"]

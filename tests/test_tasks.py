@@ -54,12 +54,12 @@ def walk(bars=400, symbols=3, seed=0, **options):
 
 def test_slices_by_hand():
     panel = walk(100, segments=np.array([0, 40]), segment_split=("train", "test"))
-    assert slices(panel, Split("train", [[0, 40]]), 15).ranges.tolist() == [[0, 15], [15, 30]]
+    assert slices(panel, Split("train", [[0, 40]]), 15, warmup=0).ranges.tolist() == [[0, 15], [15, 30]]
     both = Split("test", [[3, 33], [40, 100]])
-    assert slices(panel, both, 30).ranges.tolist() == [[3, 33], [40, 70], [70, 100]]
+    assert slices(panel, both, 30, warmup=0).ranges.tolist() == [[3, 33], [40, 70], [70, 100]]
     assert slices(panel, both, 25, warmup=5).ranges.tolist() == [[5, 30], [45, 70], [70, 95]]  # after the history's start
     assert slices(panel, Split("test", [[60, 100]]), 20, warmup=10).ranges.tolist() == [[60, 80], [80, 100]]
-    assert slices(panel, both, 25).name == "test"
+    assert slices(panel, both, 25, warmup=0).name == "test"
 
 
 @pytest.mark.parametrize("bars, warmup", ((1, 0), (10, -1)))
@@ -76,7 +76,7 @@ def test_ranges_without_a_slice_are_said():
 def test_regimes_of_slices_are_what_they_are_called():
     """Against windows computed one by one; after the turn all is volatile, and up and down are the sign of 20 bars."""
     panel = walk(800)
-    split = slices(panel, Split("train", [[0, 800]]), 10)
+    split = slices(panel, Split("train", [[0, 800]]), 10, warmup=0)
     found = slice_regimes(panel, split)
     returns = np.diff(np.log(panel.close), axis=0, prepend=np.log(panel.close[:1]))
     vols = np.array([np.sqrt((returns[t - 19 : t + 1] ** 2).mean()) for t in range(20, 800)])
