@@ -15,6 +15,7 @@ from scripts import SCRIPTS, Run, assert_same_content
 from torch.distributions import Categorical, Normal
 
 from envs import ledger
+from envs.adaptation import sharpe_by_regime
 from envs.leadlag_tables import LeadLagData
 from envs.navigation import HELD_OUT, HORIZON, goal_of
 from envs.tasks import halves
@@ -383,6 +384,8 @@ def test_the_report_is_of_second_parts(script, inside):
     """Net log growth of every history there, from its ledger, after 0 to 3 updates; paired with no update."""
     g = inside(*script.short, "--total-timesteps", "2048", "--inner-lr", "5")
     report, run = g["run"]["adaptation"], Run(g["run_dir"]).json
+    by_regime = report.pop("sharpe_by_regime")
+    assert set(run["adaptation"].pop("sharpe_by_regime")) == set(by_regime)
     assert run["adaptation"] == report and report["tasks"] == 2 and len(report["stages"]) == 4
     means = []
     for params in g["stages"]:
@@ -390,6 +393,7 @@ def test_the_report_is_of_second_parts(script, inside):
         means.append([ledger.growth(part).sum() for _, part in frame.groupby("market")])
     assert [stage["mean"] for stage in report["stages"]] == pytest.approx(np.mean(means, axis=1), rel=1e-12)
     assert len({round(stage["mean"], 9) for stage in report["stages"]}) > 1
+    assert repr(by_regime) == repr(sharpe_by_regime(frame, g["panel"], g["parts"]["test"][1].ranges))  # NaN is not NaN
     assert report["baseline"]["mean"] == report["stages"][0]["mean"] and report["completion"] == 1.0
     assert report["transfer_gain"]["mean"] == pytest.approx(np.mean(means[3]) - np.mean(means[0]), rel=1e-9)
 

@@ -19,6 +19,7 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 from envs import portfolio_references
 from envs.adaptation import adaptation_report
 from envs.costs import RUIN
+from envs.features import REGIMES
 from envs.portfolio_tables import PortfolioData
 from envs.probe import linear_probe
 from envs.tasks import halves
@@ -329,6 +330,7 @@ def test_the_report_is_of_the_test_tasks_and_printed(script, base, inside, tmp_p
     out, run = capsys.readouterr().out, json.loads((tmp_path / "copy" / "run.json").read_text())
     assert run["adaptation"] == base.json["adaptation"] and run["latent"] == base.json["latent"]
     returns = g["returns"]
+    assert set(run["adaptation"].pop("sharpe_by_regime")) <= {*REGIMES, "unknown"}
     assert run["adaptation"] == json.loads(json.dumps(adaptation_report(returns, returns[:, 0], g["completed"], 1)))
     assert run["adaptation"]["tasks"] == 2 and len(run["adaptation"]["stages"]) == 3
     gain = (returns[:, -1] - returns[:, 0]).mean()
