@@ -309,13 +309,6 @@ def test_a_split_without_a_symbol_is_said_before_the_training(script, complaint,
     assert "split 'val': no symbol to trade has a bar" in line
 
 
-def test_every_symbol_has_a_market_to_train_in(script, complaint, tmp_path):
-    """With fewer markets than symbols the last ones would never be seen, and be traded all the same."""
-    prices().to_csv(tmp_path / "closes.csv")
-    line = complaint(*script.short, "--market", str(tmp_path / "closes.csv"), "--num-envs", "5")
-    assert "--num-envs 5: expected at least 6, one for each symbol" in line
-
-
 @pytest.mark.parametrize(
     "options, words",
     [
