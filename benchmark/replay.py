@@ -51,7 +51,8 @@ def _load(market: str, seed: int, options: str) -> tuple[Panel, Split]:
         split = folds[given["fold"]]["test"]
     else:
         split = panel.split(given["train_fraction"], given["val_fraction"], given["embargo"])["test"]
-    return panel, slices(panel, split, given["task_bars"]) if given["task_bars"] else split
+    bars = given.get("task_bars")  # only scripts that adapt have tasks
+    return panel, slices(panel, split, bars) if bars else split
 
 
 @lru_cache(maxsize=1)
