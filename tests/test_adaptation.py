@@ -8,11 +8,13 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
+from envs import adaptation
 from envs.adaptation import adaptation_report, print_adaptation, rolling_sharpe
 from envs.ledger import write_json
 
 RETURNS = np.array([[0.0, 1.0, 3.0], [2.0, 2.0, 5.0], [1.0, 6.0, 4.0]])
 BASELINE = np.array([1.0, 3.0, 0.0])
+from envs.panel import Panel
 
 
 def report(returns=RETURNS, baseline=BASELINE, completed=None, seed=0):
@@ -138,3 +140,16 @@ def test_rolling_sharpe_takes_names_of_regimes_and_markets_in_any_order():
 def test_what_rolling_sharpe_refuses(labels, window, expected):
     with pytest.raises(ValueError, match=expected):
         rolling_sharpe(pd.DataFrame({"split": "test", "market": 0, "net_return": np.zeros(4)}), labels, window, 252.0)
+
+
+def test_regimes_are_those_of_the_close_before_a_bar(monkeypatch):
+    """25 bars whose orders were given in one regime, 30 in another: 6 and 11 windows of 20."""
+    days = np.datetime64("2020-01-01", "ns") + np.arange(60) * np.timedelta64(1, "D")
+    panel = Panel("hand", days, ("A",), np.full((60, 1), 10.0))
+    monkeypatch.setattr(adaptation, "regimes", lambda _: np.repeat([-1, 0, 3], [4, 25, 31]))
+    net = np.random.default_rng(0).standard_normal(55)
+    frame = pd.DataFrame({"split": "test", "market": 0, "timestamp": days[5:], "net_return": net})  # decided at rows 4 to 58
+    found = adaptation.sharpe_by_regime(frame, panel, np.array([[4, 60]]))
+    assert {name: score["windows"] for name, score in found.items()} == {"calm-up": 6, "volatile-down": 11}
+    expected = rolling_sharpe(frame[:25], np.zeros(25), 20, panel.bars_per_year)[0.0]["sharpe"]
+    assert found["calm-up"]["sharpe"] == expected

@@ -43,6 +43,8 @@ def test_orders_of_a_bar_were_given_at_the_row_before_it(small_data):
     expected = np.concatenate([np.arange(a, b - 1) for a, b in zip(starts, split.ranges[:, 1])])
     assert_same_bits(ledger.decided_rows(frame, small_data.panel, split.ranges), expected)
     assert_same_bits(ledger.decided_rows(frame[::-1], small_data.panel, split.ranges), expected[::-1].copy())
+    with pytest.raises(ValueError, match="expected at most 1, one for each range"):
+        ledger.decided_rows(frame, small_data.panel, split.ranges[:1])
 
 
 def test_scores_by_hand():

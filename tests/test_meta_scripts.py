@@ -1,9 +1,9 @@
 """What the scripts that adapt have in common: tasks cut from one real history, and what they report of them."""
 
-import json
-
 import numpy as np
 import pytest
+import replay
+import rundirs
 from scripts import SCRIPTS, Run, prices
 
 from envs.features import REGIMES
@@ -33,7 +33,10 @@ def test_a_history_is_cut_into_tasks(script, inside, tmp_path):
     assert set(test["market"]) == {0, 1, 2}
     found = run.json["adaptation"]["sharpe_by_regime"]
     assert found and set(found) <= set(REGIMES) and sum(score["windows"] for score in found.values()) > 0
-    json.dumps(found)
+    # the scoreboard finds the same tasks, and what the orders of the ledger earned there
+    read = rundirs.read(run.folder)
+    assert (replay.load(read)[1].ranges == ranges["test"]).all()
+    assert len(replay.replay(read)["1x"]) == len(read.ledger)
 
 
 def test_too_long_a_task_is_named(script, complaint, tmp_path):
