@@ -11,10 +11,10 @@ from scipy.stats import t as student
 from envs import adaptation
 from envs.adaptation import adaptation_report, print_adaptation, rolling_sharpe
 from envs.ledger import write_json
+from envs.panel import Panel
 
 RETURNS = np.array([[0.0, 1.0, 3.0], [2.0, 2.0, 5.0], [1.0, 6.0, 4.0]])
 BASELINE = np.array([1.0, 3.0, 0.0])
-from envs.panel import Panel
 
 
 def report(returns=RETURNS, baseline=BASELINE, completed=None, seed=0):
