@@ -4,6 +4,7 @@ Money is counted in fractions of the equity at the last mark, so that one step n
 market impact knows the account's size, through `Costs.capital`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
@@ -271,7 +272,7 @@ def account_step(weights, target, to_fill, to_mark, status, impact, years, fill_
             f += size * (linear + quadratic * size)
             slope += side * (linear + 2.0 * quadratic * size)
             if has_impact:
-                root = impact[i] * np.sqrt(size * equity)
+                root = impact[i] * math.sqrt(size * equity)
                 f += size * root
                 slope += 1.5 * side * root
         solvable = slope > 0.0
@@ -293,7 +294,7 @@ def account_step(weights, target, to_fill, to_mark, status, impact, years, fill_
             if at_fill > 0.0:
                 impact_cost += quadratic * size * size
             if has_impact:
-                impact_cost += impact[i] * size * np.sqrt(size * equity)
+                impact_cost += impact[i] * size * math.sqrt(size * equity)
             weights[i] += trade
         gross += abs(weights[i])
         net += weights[i]

@@ -186,18 +186,18 @@ def step_parallel(m, p, state, weights, actions, b):
 
 
 @cuda.jit
-def reset_cuda(m, p, state, weights, b):
+def reset_cuda(m, parameters, state, weights, b):
     i = cuda.grid(1)
     if i < len(state):
-        reset_one(i, m, p, state, weights, b.record, b.mask, b.obs)
+        reset_one(i, m, parameters[0], state, weights, b.record, b.mask, b.obs)
 
 
 @cuda.jit
-def step_cuda(m, p, state, weights, actions, b):
+def step_cuda(m, parameters, state, weights, actions, b):
     i = cuda.grid(1)
     if i < len(state):
-        trade_one(i, m, p, state, weights, actions, b)
-        report_one(i, m, p, state, weights, b)
+        trade_one(i, m, parameters[0], state, weights, actions, b)
+        report_one(i, m, parameters[0], state, weights, b)
 
 
 class LeadLagVectorEnv(MarketVectorEnv):
@@ -212,8 +212,8 @@ class LeadLagVectorEnv(MarketVectorEnv):
     """
 
     component_names = COMPONENTS
-    _reset_loops = (reset_serial, reset_parallel)
-    _step_loops = (step_serial, step_parallel)
+    _reset_loops = (reset_serial, reset_parallel, reset_cuda)
+    _step_loops = (step_serial, step_parallel, step_cuda)
 
     def __init__(
         self,
@@ -229,6 +229,7 @@ class LeadLagVectorEnv(MarketVectorEnv):
         reward_weights: dict[str, float] | None = None,
         anneal_steps: int = 0,
         num_threads: int | None = None,
+        device: str = "cpu",
         market_seed: int = 0,
         **config,
     ):
@@ -256,9 +257,11 @@ class LeadLagVectorEnv(MarketVectorEnv):
         super().__init__(
             num_envs, data.panel, split, data.observation_size, gym.spaces.Discrete(number), episode_length, random_start,
             extra_state=[("lookback", np.int64), ("previous", np.int64)], memory_size=data.panel.num_symbols,
-            choice=np.zeros(num_envs, np.int64), num_masked=number, num_threads=num_threads,
+            choice=((), np.int64), num_masked=number, num_threads=num_threads,
+            device=device,
         )  # fmt: skip
         self._market = data.market(self.split)
+        self._lookbacks = data.lookbacks if self._gpu is None else self._gpu.tensor(data.lookbacks)
 
     def _parameters(self) -> Parameters:
         last = len(self.data.lookbacks) - 1
@@ -284,7 +287,7 @@ class LeadLagVectorEnv(MarketVectorEnv):
 
     def _infos(self, copy, done):
         infos = super()._infos(copy, done)
-        infos["lookback"] = self.data.lookbacks[self._state.lookback if done is None else self._buffers.choice]
+        infos["lookback"] = self._lookbacks[self._state.lookback if done is None else self._buffers.choice]
         return infos
 
     def get_state(self):

@@ -294,18 +294,18 @@ def step_parallel(m, p, state, memory, actions, b):
 
 
 @cuda.jit
-def reset_cuda(m, p, state, memory, b):
+def reset_cuda(m, parameters, state, memory, b):
     i = cuda.grid(1)
     if i < len(state):
-        reset_one(i, m, p, state, memory, b.record, b.obs)
+        reset_one(i, m, parameters[0], state, memory, b.record, b.obs)
 
 
 @cuda.jit
-def step_cuda(m, p, state, memory, actions, b):
+def step_cuda(m, parameters, state, memory, actions, b):
     i = cuda.grid(1)
     if i < len(state):
-        trade_one(i, m, p, state, memory, actions, b)
-        report_one(i, m, p, state, memory, b)
+        trade_one(i, m, parameters[0], state, memory, actions, b)
+        report_one(i, m, parameters[0], state, memory, b)
 
 
 class PortfolioVectorEnv(MarketVectorEnv):
@@ -321,8 +321,8 @@ class PortfolioVectorEnv(MarketVectorEnv):
 
     component_names = COMPONENTS
     ledger_columns = GUARDS
-    _reset_loops = (reset_serial, reset_parallel)
-    _step_loops = (step_serial, step_parallel)
+    _reset_loops = (reset_serial, reset_parallel, reset_cuda)
+    _step_loops = (step_serial, step_parallel, step_cuda)
 
     def __init__(
         self,
@@ -335,6 +335,7 @@ class PortfolioVectorEnv(MarketVectorEnv):
         reward_weights: dict[str, float] | None = None,
         cvar_alpha: float = 0.05,
         num_threads: int | None = None,
+        device: str = "cpu",
         market_seed: int = 0,
         **config,
     ):
@@ -354,7 +355,8 @@ class PortfolioVectorEnv(MarketVectorEnv):
         super().__init__(
             num_envs, data.panel, split, data.observation_size, space, episode_length, random_start,
             extra_state=STATE, memory_size=2 * n + self.guard.guard_window,
-            choice=np.zeros((num_envs, n)), scratch=(5, max(n, len(data.groups))), num_threads=num_threads,
+            choice=((n,), np.float64), scratch=(5, max(n, len(data.groups))), num_threads=num_threads,
+            device=device,
         )  # fmt: skip
         self._market = data.market(self.split)
         w, g = self.reward_weights, self.guard
@@ -376,7 +378,7 @@ class PortfolioVectorEnv(MarketVectorEnv):
     def _infos(self, copy, done):
         infos = super()._infos(copy, done)
         if done is not None:
-            infos["choice"] = self._buffers.choice.copy() if copy else self._buffers.choice
+            infos["choice"] = self._own(self._buffers.choice) if copy else self._buffers.choice
         return infos
 
 

@@ -390,18 +390,26 @@ def targets_serial(p, state, memory, mask, actions, out):
 
 
 @cuda.jit
-def reset_cuda(m, p, state, memory, b):
+def reset_cuda(m, parameters, state, memory, b):
     i = cuda.grid(1)
     if i < len(state):
-        reset_one(i, m, p, state, memory, b.mask, b.obs)
+        reset_one(i, m, parameters[0], state, memory, b.mask, b.obs)
 
 
 @cuda.jit
-def step_cuda(m, p, state, memory, actions, b):
+def step_cuda(m, parameters, state, memory, actions, b):
     i = cuda.grid(1)
     if i < len(state):
-        trade_one(i, m, p, state, memory, actions, b)
-        report_one(i, m, p, state, memory, b)
+        trade_one(i, m, parameters[0], state, memory, actions, b)
+        report_one(i, m, parameters[0], state, memory, b)
+
+
+@cuda.jit
+def targets_cuda(parameters, state, memory, mask, actions, out):
+    i = cuda.grid(1)
+    if i < len(state):
+        w = memory[i, 0]
+        out[i] = target_one(parameters[0], state[i], actions[i] if mask[i, actions[i]] else HOLD, w, w)[0]
 
 
 class TradingVectorEnv(MarketVectorEnv):
@@ -424,8 +432,8 @@ class TradingVectorEnv(MarketVectorEnv):
     component_names = COMPONENTS
     ledger_columns = ("event", "masked")
     takes_tasks = False
-    _reset_loops = (reset_serial, reset_parallel)
-    _step_loops = (step_serial, step_parallel)
+    _reset_loops = (reset_serial, reset_parallel, reset_cuda)
+    _step_loops = (step_serial, step_parallel, step_cuda)
 
     def __init__(
         self,
@@ -437,6 +445,7 @@ class TradingVectorEnv(MarketVectorEnv):
         first_market: int = 0,
         reward_weights: dict[str, float] | None = None,
         num_threads: int | None = None,
+        device: str = "cpu",
         market_seed: int = 0,
         **config,
     ):
@@ -452,8 +461,9 @@ class TradingVectorEnv(MarketVectorEnv):
             raise ValueError(f"reward_weights: {sorted(self.reward_weights)}: expected only {REWARDS}")
         super().__init__(
             num_envs, data.panel, split, data.observation_size, gym.spaces.Discrete(len(ORDERS)), episode_length, random_start,
-            extra_state=STATE, memory_size=1, choice=np.zeros(num_envs, np.int64), scratch=(4 + len(RECORD),),
+            extra_state=STATE, memory_size=1, choice=((), np.int64), scratch=(4 + len(RECORD),),
             num_masked=len(ORDERS), num_threads=num_threads,
+            device=device,
         )  # fmt: skip
         self._market = data.market(self.split)
         c, w = data.config, self.reward_weights
@@ -478,8 +488,13 @@ class TradingVectorEnv(MarketVectorEnv):
         After the mask and the limits that override an agent; what the bar of the fill brings, such as a stop, is not known yet.
         Raises ValueError for actions outside the action space.
         """
-        out = np.zeros(self.num_envs)
-        targets_serial(self._parameters(), self._state, self._memory, self._buffers.mask, self._check_actions(actions), out)
+        actions, held = self._check_actions(actions), (self._state, self._memory, self._buffers.mask)
+        if self._gpu is None:
+            out = np.zeros(self.num_envs)
+            targets_serial(self._parameters(), *held, actions, out)
+            return out
+        out, parameters = self._gpu.zeros(self.num_envs, np.float64), self._gpu.scalars(self._parameters())
+        self._gpu.launch(targets_cuda, self.num_envs, parameters, *map(self._gpu.array, (*held, actions, out)))
         return out
 
     def ledger_labels(self) -> dict[str, np.ndarray]:
@@ -493,9 +508,9 @@ class TradingVectorEnv(MarketVectorEnv):
 
     def _infos(self, copy, done):
         infos = super()._infos(copy, done)
-        infos["symbol"] = self._state.symbol.copy() if copy else self._state.symbol
+        infos["symbol"] = self._own(self._state.symbol) if copy else self._state.symbol
         if done is not None:
-            infos["choice"] = self._buffers.choice.copy() if copy else self._buffers.choice
+            infos["choice"] = self._own(self._buffers.choice) if copy else self._buffers.choice
         return infos
 
 

@@ -178,8 +178,12 @@ class Buffers(NamedTuple):
 class MarketVectorEnv(gym.vector.VectorEnv):
     """Base of the vectorised markets. Subclasses set `component_names`, call `__init__`, and define `_market` (read-only
     arrays), `_parameters()` (scalars that may change between steps) and the loops `_reset_loops`, `_step_loops`:
-    pairs (serial, parallel) of functions (market, parameters, state, memory, [actions,] buffers). `memory` (n, M) float64 is
-    what a market remembers besides its scalars, its weights first.
+    triples (serial, parallel, cuda) of functions (market, parameters, state, memory, [actions,] buffers), of which the last
+    takes parameters as a table of one record. `memory` (n, M) float64 is what a market remembers besides its scalars, its
+    weights first.
+
+    device: "cpu", or "cuda" or "cuda:<number>": state, tables and all that is returned lie on that GPU, as torch's tensors,
+    and no step waits for it. The numbers are those of the CPU to rounding (envs/device.py).
     """
 
     component_names: tuple[str, ...] = ("log_growth",)
@@ -200,10 +204,11 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         random_start: bool,
         extra_state: list,
         memory_size: int,
-        choice: np.ndarray,
+        choice: tuple[tuple[int, ...], type],
         scratch: tuple[int, ...] = (0,),
         num_masked: int = 0,
         num_threads: int | None = None,
+        device: str = "cpu",
     ):
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}: expected at least 1")
@@ -227,23 +232,32 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         # Which of the two equal loops runs; with many markets the parallel one on one thread too: inside a prange body
         # arrays are not reference-counted.
         self.parallel = num_envs >= PARALLEL_FROM
-        self._state = np.zeros(num_envs, dtype=STATE + extra_state).view(np.recarray)
-        self._state.task = -1
-        self._memory = np.zeros((num_envs, memory_size))
+        dtype = np.dtype(STATE + extra_state, align=True)  # a GPU cannot load what is not aligned
+        self._gpu, zeros, self._own = None, np.zeros, np.copy
+        self._state = np.zeros(num_envs, dtype).view(np.recarray)
+        if device != "cpu":
+            from envs import device as devices  # not at the top: a process that only steps markets does without torch
+
+            self._gpu = devices.Gpu(device)
+            zeros, self._own = self._gpu.zeros, devices.torch.clone
+            self._state = devices.Records(num_envs, dtype, self._gpu.device)
+        self._state.task[:] = -1
+        self._memory = zeros((num_envs, memory_size), np.float64)
         self._buffers = Buffers(
-            obs=np.zeros((num_envs, observation_size), np.float32),
-            final_obs=np.zeros((num_envs, observation_size), np.float32),
-            reward=np.zeros(num_envs, np.float32),
-            terminated=np.zeros(num_envs, np.bool_),
-            truncated=np.zeros(num_envs, np.bool_),
-            mask=np.zeros((num_envs, num_masked), np.bool_),
-            final_mask=np.zeros((num_envs, num_masked), np.bool_),
-            record=np.zeros((num_envs, len(RECORD))),
-            components=np.zeros((num_envs, len(self.component_names))),
-            row=np.zeros(num_envs, np.int64),
-            choice=choice,
-            scratch=np.zeros((num_envs, *scratch)),
+            obs=zeros((num_envs, observation_size), np.float32),
+            final_obs=zeros((num_envs, observation_size), np.float32),
+            reward=zeros(num_envs, np.float32),
+            terminated=zeros(num_envs, np.bool_),
+            truncated=zeros(num_envs, np.bool_),
+            mask=zeros((num_envs, num_masked), np.bool_),
+            final_mask=zeros((num_envs, num_masked), np.bool_),
+            record=zeros((num_envs, len(RECORD)), np.float64),
+            components=zeros((num_envs, len(self.component_names)), np.float64),
+            row=zeros(num_envs, np.int64),
+            choice=zeros((num_envs, *choice[0]), choice[1]),
+            scratch=zeros((num_envs, *scratch), np.float64),
         )
+        self._arrays, self._history = None, None  # on a GPU: what kernels take for the above; `_drawn_parameters`
         self._ready = False
 
     @property
@@ -254,12 +268,12 @@ class MarketVectorEnv(gym.vector.VectorEnv):
     @property
     def rows(self) -> np.ndarray:
         """(n,) row of the panel at which every market is to decide next."""
-        return self._state.t.copy()
+        return self._own(self._state.t)
 
     @property
     def stops(self) -> np.ndarray:
         """(n,) end of every market's present episode: its last bar is row stops - 1."""
-        return self._state.stop.copy()
+        return self._own(self._state.stop)
 
     def ledger_labels(self) -> dict[str, np.ndarray]:
         """Name -> (n,) what a ledger says of every market beside its number."""
@@ -269,9 +283,28 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         raise AttributeError("a market environment defines _parameters")
 
     def _run(self, loops, *args):
+        """Run one of the triple of loops; its last arguments, tensors or Buffers, are those of the device."""
+        if self._gpu is not None:
+            if self._arrays is None:
+                buffers = Buffers(*map(self._gpu.array, self._buffers))
+                tables = self._gpu.tables(self._market)
+                self._arrays = tables, self._gpu.array(self._state), self._gpu.array(self._memory), buffers
+            market, state, memory, buffers = self._arrays
+            *actions, b = args
+            if b is not self._buffers:
+                buffers = buffers._replace(obs=self._gpu.array(b.obs))
+            parameters = self._gpu.scalars(self._parameters())
+            self._gpu.launch(
+                loops[2], self.num_envs, market, parameters, state, memory, *map(self._gpu.array, actions), buffers
+            )
+            return
         if self.parallel:
             set_num_threads(self.num_threads)
         loops[self.parallel](self._market, self._parameters(), self._state, self._memory, *args)
+
+    def _fill(self, values, source: np.ndarray):
+        """Write an array of the host into a field of the state."""
+        values[:] = source if self._gpu is None else self._gpu.tensor(source)
 
     def reset(self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None):
         """Start a new episode in every market; returns (obs (n, D) float32, infos).
@@ -286,38 +319,42 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         if options:
             if not self.takes_tasks:
                 raise ValueError(f"reset: options {sorted(options)}: expected none, as its episodes belong to symbols")
-            self._state.task = assigned_tasks(options, self.num_envs, len(self.split.ranges))
+            self._fill(self._state.task, assigned_tasks(options, self.num_envs, len(self.split.ranges)))
         if seed is not None or not self._ready:
-            self._state.key = market_seeds(seed, self.num_envs)
-            self._state.counter = 0
+            self._fill(self._state.key, market_seeds(seed, self.num_envs))
+            self._state.counter[:] = 0
         self._ready = True
         self._run(self._reset_loops, self._buffers)
-        return self._buffers.obs.copy(), self._infos(copy=True, done=None)
+        return self._own(self._buffers.obs), self._infos(copy=True, done=None)
 
     def step(self, actions, out: np.ndarray | None = None):
         """One bar in every market: (obs, reward, terminated, truncated, infos).
 
         What is returned belongs to the caller, unless `out` (a C-contiguous (n, D) float32 array, such as a row of rollout
         storage) is given: then obs is written there, and all else is valid until the next call of `step` or `reset`.
-        Raises ValueError for actions outside the action space.
+        Raises ValueError for actions outside the action space; on a GPU only for their shape, type and place, as nothing waits
+        for their values: wrong ones are a failed assertion of the device. There infos always has `final_obs`, and whose it is.
         """
         if not self._ready:
             raise gym.error.ResetNeeded("call reset() before step()")
         actions = self._check_actions(actions)
         b = self._buffers
         if out is not None:
-            if out.shape != b.obs.shape or out.dtype != np.float32 or not out.flags.c_contiguous:
-                raise ValueError(f"out: {out.dtype}{out.shape}: expected C-contiguous float32{b.obs.shape}")
+            contiguous = out.flags.c_contiguous if self._gpu is None else out.is_contiguous() and out.device == b.obs.device
+            if out.shape != b.obs.shape or out.dtype != b.obs.dtype or not contiguous:
+                raise ValueError(f"out: {out.dtype}{out.shape}: expected C-contiguous {b.obs.dtype}{b.obs.shape}")
             b = b._replace(obs=out)
         self._run(self._step_loops, actions, b)
         done = b.terminated | b.truncated
         infos = self._infos(copy=out is None, done=done)
         if out is None:
-            return b.obs.copy(), b.reward.copy(), b.terminated.copy(), b.truncated.copy(), infos
+            return *map(self._own, (b.obs, b.reward, b.terminated, b.truncated)), infos
         return out, b.reward, b.terminated, b.truncated, infos
 
     def _check_actions(self, actions):
         space = self.single_action_space
+        if self._gpu is not None:
+            return self._gpu.checked(actions, self.action_space.shape, space)
         actions = np.asarray(actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions: shape {actions.shape}: expected {self.action_space.shape}")
@@ -330,13 +367,13 @@ class MarketVectorEnv(gym.vector.VectorEnv):
         return np.ascontiguousarray(actions, dtype=np.float32)
 
     def _infos(self, copy, done):
-        own = np.copy if copy else lambda array: array
+        own = self._own if copy else lambda array: array
         b = self._buffers
         infos = {"row": own(self._state.t)}
         if self.takes_tasks:
             infos["range"] = own(self._state.range)
         if self.panel.parameters:  # what the history of the present episode drew for itself
-            infos["parameters"] = self.panel.parameters_at(self._state.t)
+            infos["parameters"] = self._drawn_parameters()
         if b.mask.shape[1]:
             infos["action_mask"] = own(b.mask)
         if done is not None:
@@ -344,21 +381,41 @@ class MarketVectorEnv(gym.vector.VectorEnv):
             components = own(b.components)
             infos["components"] = {name: components[:, c] for c, name in enumerate(self.component_names)}
             infos["decided_at"] = own(b.row)
-            if done.any():
+            if self._gpu is not None or done.any():
                 infos["final_obs"], infos["_final_obs"] = own(b.final_obs), done
                 if b.mask.shape[1]:
                     infos["final_action_mask"] = own(b.final_mask)
         return infos
 
+    def _drawn_parameters(self):
+        """Name -> (n,) what the history of every market's present episode drew for itself."""
+        if self._gpu is None:
+            return self.panel.parameters_at(self._state.t)
+        if self._history is None:
+            parameters = {name: self._gpu.tensor(values) for name, values in self.panel.parameters.items()}
+            self._history = self._gpu.tensor(self.panel.segment_of_row), parameters
+        segment_of_row, parameters = self._history
+        return {name: values[segment_of_row[self._state.t]] for name, values in parameters.items()}
+
     def get_state(self) -> dict[str, np.ndarray]:
-        """Everything that a later `set_state` on an env made with the same arguments needs to go on bit for bit."""
-        b = self._buffers
-        return {"state": self._state.view(np.uint8).copy(), "memory": self._memory.copy(), "mask": b.mask.copy()}
+        """Everything that a later `set_state` on an env made with the same arguments needs to go on bit for bit.
+
+        Arrays of the host, whatever the device: an env on another one goes on from there.
+        """
+        if self._gpu is not None:
+            raw, memory, mask = (x.cpu().numpy() for x in (self._state.raw.flatten(), self._memory, self._buffers.mask))
+        else:
+            raw, memory, mask = self._state.view(np.uint8), self._memory, self._buffers.mask
+        return {"state": raw.copy(), "memory": memory.copy(), "mask": mask.copy()}
 
     def set_state(self, state: dict[str, np.ndarray]):
-        self._state.view(np.uint8)[:] = state["state"]
-        self._memory[:] = state["memory"]
-        self._buffers.mask[:] = state["mask"]
+        raw = self._state.view(np.uint8) if self._gpu is None else self._state.raw.view(-1)
+        if len(raw) != len(state["state"]):
+            raise ValueError(
+                f"state: {len(state['state'])} bytes: expected {len(raw)}, of {self.num_envs} markets of this version"
+            )
+        for own, given in ((raw, state["state"]), (self._memory, state["memory"]), (self._buffers.mask, state["mask"])):
+            self._fill(own, given)
         self._ready = True
 
 
@@ -371,6 +428,8 @@ class MarketEnv(gym.Env):
     def __init__(self, render_mode=None, **kwargs):
         if render_mode is not None:
             raise ValueError(f"render_mode={render_mode!r}: expected None; markets are read from their ledgers")
+        if kwargs.get("device", "cpu") != "cpu":
+            raise ValueError(f"device={kwargs['device']!r}: expected cpu for a single market")
         self.render_mode = None
         self.vector = self.vector_class(num_envs=1, **kwargs)
         self.observation_space = self.vector.single_observation_space

@@ -248,10 +248,16 @@ def run_python(*args: str, cwd: Path = ROOT, timeout: float = 300, **environment
     )
 
 
+def on_host(values) -> np.ndarray:
+    """A copy of an array, or of a tensor on any device."""
+    return np.array(values.cpu() if hasattr(values, "cpu") else values)
+
+
 def kernel_trace(data, target: str, actions: str = "", num_envs: int = 6, steps: int = 90, threads: int = 1):
     """name -> array: everything that an environment's kernels wrote in every step, run on one target.
 
-    target: "serial", "parallel" or "cuda". Episodes are short, so that there are many autoresets. `actions` is LeadLag-v0's.
+    target: "serial", "parallel" or "cuda", a GPU or its simulator. Episodes are short, so that there are many autoresets.
+    `actions` is LeadLag-v0's.
     """
     if isinstance(data, LeadLagData):
         options = dict(
@@ -262,22 +268,19 @@ def kernel_trace(data, target: str, actions: str = "", num_envs: int = 6, steps:
         options = dict(guard=GUARD, reward_weights=PENALTIES, episode_length=25)
     else:
         options = dict(reward_weights=BURDENS, episode_length=25)
-    env = make_env(data, num_envs, split=whole(data.panel), num_threads=threads, **options)
+    device = "cuda" if target == "cuda" else "cpu"
+    env = make_env(data, num_envs, split=whole(data.panel), num_threads=threads, device=device, **options)
     env.parallel = target == "parallel"
-    if target == "cuda":
-        module, blocks = sys.modules[type(env).__module__], (2, (num_envs + 1) // 2)
-        env._reset_loops = (module.reset_cuda[blocks],)
-        env._step_loops = (module.step_cuda[blocks],)
     env.reset(seed=11)
     log = defaultdict(list)
     for row in random_actions(env, steps, seed=5):
-        env.step(row)
+        env.step(row if target != "cuda" else env._gpu.tensor(row))
         for name, values in env._buffers._asdict().items():
             if name != "scratch":
-                log[name].append(values.copy())
-        log["weights"].append(env._memory.copy())
+                log[name].append(on_host(values))
+        log["weights"].append(on_host(env._memory))
         for name in env._state.dtype.names:
-            log[f"state_{name}"].append(env._state[name].copy())
+            log[f"state_{name}"].append(on_host(getattr(env._state, name)).astype(env._state.dtype[name]))
     return {name: np.stack(values) for name, values in log.items()}
 
 
