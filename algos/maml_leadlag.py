@@ -110,9 +110,9 @@ class Args:
     inner_steps: int = 1
     """updates for a task, in training"""
     inner_lr: float = 3.0
-    """step size of these updates; advantages are standardised, and say little of a single bar"""
+    """step size of the first update; advantages are standardised, and say little of a single bar"""
     further_lr: float = 3.0
-    """step size of the next one, in evaluation"""
+    """step size of the second one"""
     further_decay: float = 1.0
     """factor on the step size from each further one to the next"""
     first_order: bool = False
@@ -179,6 +179,11 @@ class RunningNorm(nn.Module):
         return torch.addcmul((-self.mean * scale).float(), x, scale.float()).clamp_(-10.0, 10.0)
 
 
+def cumulate(p):
+    """Sums of probabilities (..., A) up to each action. On CUDA cumsum has no deterministic form, a matrix product has."""
+    return p.cumsum(dim=-1) if p.device.type == "cpu" else p @ torch.ones((p.shape[-1],) * 2, device=p.device).triu()
+
+
 class Agent(nn.Module):
     """A policy, and how it looks with weights of their own for each of K tasks: a dict of tensors with K in front.
 
@@ -220,7 +225,7 @@ class Agent(nn.Module):
         if self.continuous:
             noise = torch.randn(out.shape, generator=generator, device=out.device)
             return out + params["log_std"][:, None].exp() * noise
-        cumulative = torch.where(mask, out, -1e8).softmax(dim=2).cumsum(dim=2)
+        cumulative = cumulate(torch.where(mask, out, -1e8).softmax(dim=2))
         drawn = torch.rand((*out.shape[:2], 1), generator=generator, device=out.device) * cumulative[..., -1:]
         return (cumulative <= drawn).sum(dim=2)  # inverts the distribution; a masked action is never drawn
 
@@ -320,7 +325,12 @@ def rollout(agent, params, markets, tasks, seed, args, generator=None):
     return Batch(obs, x, masks, actions, logprobs, advantages, weight, rewards.sum(dim=1))
 
 
-def inner_update(agent, params, batch, step_size, create_graph=False):
+def step_size(args, n):
+    """Of the update after n others."""
+    return args.inner_lr if n == 0 else args.further_lr * args.further_decay ** (n - 1)
+
+
+def inner_update(agent, params, batch, size, create_graph=False):
     """The weights (name -> (K, ...)) one policy gradient step later, each task's on its own episodes; and the logratio (K, M).
 
     The surrogate is the ratio of probabilities times the advantage: its first derivative is the policy gradient, and, unlike
@@ -330,26 +340,29 @@ def inner_update(agent, params, batch, step_size, create_graph=False):
     logratio = agent.log_prob(params, batch.x, batch.mask, batch.actions) - batch.logprobs
     surrogate = (batch.weight * logratio.exp() * batch.advantages).sum()
     gradient = torch.autograd.grad(surrogate, list(params.values()), retain_graph=True, create_graph=create_graph)
-    return {name: p + step_size * g for (name, p), g in zip(params.items(), gradient)}, logratio
+    return {name: p + size * g for (name, p), g in zip(params.items(), gradient)}, logratio
 
 
 def meta_loss(agent, batches, query, args):
     """ProMP's objective (Rothfuss et al. 2019, eq. 14), to be minimised, and its statistics (4,).
 
     batches: before each of the updates, as sampled by the weights of that moment; query: after the last one. All is a function
-    of the agent's weights as they are now. The KL divergence of the sampling policy from the agent's own is estimated from the
-    sample, as (r - 1) - log r.
+    of the agent's weights as they are now. With several updates what is earned after each of them counts alike (Antoniou et
+    al. 2019, arXiv:1810.09502, section 4): else only the last would be learned to help. The KL divergence of the sampling
+    policy from the agent's own is estimated from the sample, as (r - 1) - log r.
     """
-    params, kl = agent.for_tasks(len(query.x)), None
-    for batch in batches:
-        params, logratio = inner_update(agent, params, batch, args.inner_lr, create_graph=not args.first_order)
-        if kl is None:
-            kl = (batch.weight * (logratio.exp() - 1 - logratio)).sum() / len(query.x)
-    logratio = agent.log_prob(params, query.x, query.mask, query.actions) - query.logprobs
-    ratio = logratio.exp()
-    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    gains = torch.min(ratio * query.advantages, clipped * query.advantages)
-    pg_loss = -(query.weight * gains).sum() / len(query.x)
+    params, logratios = agent.for_tasks(len(query.x)), []
+    for n, batch in enumerate(batches):
+        params, logratio = inner_update(agent, params, batch, step_size(args, n), create_graph=not args.first_order)
+        logratios.append(logratio)
+    logratios.append(agent.log_prob(params, query.x, query.mask, query.actions) - query.logprobs)
+    kl = (batches[0].weight * (logratios[0].exp() - 1 - logratios[0])).sum() / len(query.x)
+    pg_loss = 0.0
+    for batch, logratio in zip((*batches[1:], query), logratios[1:]):
+        ratio = logratio.exp()
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        gains = torch.min(ratio * batch.advantages, clipped * batch.advantages)
+        pg_loss = pg_loss - (batch.weight * gains).sum() / (len(query.x) * len(batches))
     with torch.no_grad():
         approx_kl = (query.weight * (ratio - 1 - logratio)).sum() / len(query.x)
         clip_fraction = (query.weight * ((ratio - 1).abs() > args.clip_coef)).sum() / len(query.x)
@@ -489,9 +502,7 @@ if __name__ == "__main__":
         for n in range(args.updates):
             batch = rollout(agent, stages[-1], envs, tasks, derived_seed(args.seed, EVALUATION, n), args, noise)
             before = {name: p.clone().requires_grad_() for name, p in stages[-1].items()}
-            further = n - args.inner_steps
-            step_size = args.inner_lr if further < 0 else args.further_lr * args.further_decay**further
-            after, _ = inner_update(agent, before, batch, step_size)
+            after, _ = inner_update(agent, before, batch, step_size(args, n))
             stages.append({name: p.detach() for name, p in after.items()})
         return stages
 
@@ -536,7 +547,7 @@ if __name__ == "__main__":
         params, batches = agent.for_tasks(args.tasks_per_batch), []
         for n in range(args.inner_steps):
             batch = rollout(agent, params, adapt_envs, tasks, derived_seed(args.seed, iteration, n), args)
-            params, _ = inner_update(agent, params, batch, args.inner_lr)
+            params, _ = inner_update(agent, params, batch, step_size(args, n))
             batches.append(batch)
         query = rollout(agent, params, query_envs, tasks, derived_seed(args.seed, iteration, args.inner_steps), args)
         global_step += batch_size

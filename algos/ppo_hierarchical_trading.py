@@ -427,6 +427,11 @@ def flatten(report):
     return {f"{key}_{name}".rstrip("_"): value for key, values in parts for name, value in values.items()}
 
 
+def cumulate(p):
+    """Sums of probabilities (..., A) up to each action. On CUDA cumsum has no deterministic form, a matrix product has."""
+    return p.cumsum(dim=-1) if p.device.type == "cpu" else p @ torch.ones((p.shape[-1],) * 2, device=p.device).triu()
+
+
 def make_envs(args, splits, env_options, phase):
     """Training environments: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs.
 
@@ -723,12 +728,12 @@ if __name__ == "__main__":
                     chosen = home
                 else:
                     gate_all = agent.gate_log_probs(x[step], memory)
-                    cumulative = gate_all.exp().cumsum(dim=1)
+                    cumulative = cumulate(gate_all.exp())
                     drawn = torch.rand((args.num_envs, 1), device=device) * cumulative[:, -1:]
                     chosen = torch.where(decided[step], (cumulative <= drawn).sum(dim=1), chosen)
                     gate_logprobs[step] = gate_all.gather(1, chosen[:, None]).squeeze(1)
                 log_probs = agent.log_probs(x[step], masks[step].to(device), chosen)
-                cumulative = log_probs.exp().cumsum(dim=1)
+                cumulative = cumulate(log_probs.exp())
                 drawn = torch.rand((args.num_envs, 1), device=device) * cumulative[:, -1:]
                 action = (cumulative <= drawn).sum(dim=1)  # inverts the distribution; a masked action is never drawn
                 if mixture and not alone:

@@ -291,6 +291,11 @@ def replay(agent, b_x, state, parts, num_envs):
     return features[inside], index[inside]
 
 
+def cumulate(p):
+    """Sums of probabilities (..., A) up to each action. On CUDA cumsum has no deterministic form, a matrix product has."""
+    return p.cumsum(dim=-1) if p.device.type == "cpu" else p @ torch.ones((p.shape[-1],) * 2, device=p.device).triu()
+
+
 def make_envs(args, data, splits, iterations):
     """Training environments: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
     if args.env_id != MARKET_ENV:
@@ -510,7 +515,7 @@ if __name__ == "__main__":
                 x[step] = agent.norm(obs[step].to(device))
                 features[step], state = agent.remember(x[step : step + 1], state)
                 log_probs = agent.log_probs(features[step], masks[step].to(device))
-                cumulative = log_probs.exp().cumsum(dim=1)
+                cumulative = cumulate(log_probs.exp())
                 drawn = torch.rand((args.num_envs, 1), device=device) * cumulative[:, -1:]
                 action = (cumulative <= drawn).sum(dim=1)  # inverts the distribution; a masked action is never drawn
                 logprobs[step] = log_probs.gather(1, action[:, None]).squeeze(1)

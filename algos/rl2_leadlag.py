@@ -204,6 +204,11 @@ class Tanh(nn.Module):
         return FastTanh.apply(x)
 
 
+def cumulate(p):
+    """Sums of probabilities (..., A) up to each action. On CUDA cumsum has no deterministic form, a matrix product has."""
+    return p.cumsum(dim=-1) if p.device.type == "cpu" else p @ torch.ones((p.shape[-1],) * 2, device=p.device).triu()
+
+
 class Agent(nn.Module):
     """Actor and critic over what is seen now and what is remembered of the trial; shapes are (..., D) throughout."""
 
@@ -257,7 +262,7 @@ class Agent(nn.Module):
 
     def sample(self, log_probs, generator=None):
         """(n,) actions drawn from log-probabilities (n, A): inverts the distribution; a masked action is never drawn."""
-        cumulative = log_probs.exp().cumsum(dim=1)
+        cumulative = cumulate(log_probs.exp())
         drawn = torch.rand((len(log_probs), 1), device=log_probs.device, generator=generator) * cumulative[:, -1:]
         return (cumulative <= drawn).sum(dim=1)
 

@@ -64,7 +64,7 @@ class Gpu:
     def __init__(self, name: str):
         if reason := unavailable(name):
             raise ValueError(reason)
-        self.device = torch.device("cpu" if config.ENABLE_CUDASIM else name)
+        self.device = torch.zeros(0, device="cpu" if config.ENABLE_CUDASIM else name).device  # with its number
         self._scalars, self._scalars_raw = None, None
 
     def zeros(self, shape, dtype) -> torch.Tensor:
