@@ -179,9 +179,13 @@ class RunningNorm(nn.Module):
         return torch.addcmul((-self.mean * scale).float(), x, scale.float()).clamp_(-10.0, 10.0)
 
 
-def cumulate(p):
-    """Sums of probabilities (..., A) up to each action. On CUDA cumsum has no deterministic form, a matrix product has."""
-    return p.cumsum(dim=-1) if p.device.type == "cpu" else p @ torch.ones((p.shape[-1],) * 2, device=p.device).triu()
+def draw(p, generator=None):
+    """(...,) actions drawn with probabilities p (..., A), which need not quite sum to 1; one without probability never is."""
+    if p.device.type == "cpu":  # inverts the distribution
+        cumulative = p.cumsum(dim=-1)
+        drawn = torch.rand((*p.shape[:-1], 1), device=p.device, generator=generator) * cumulative[..., -1:]
+        return (cumulative <= drawn).sum(dim=-1)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1)  # cumsum is not deterministic there
 
 
 class Agent(nn.Module):
@@ -225,9 +229,7 @@ class Agent(nn.Module):
         if self.continuous:
             noise = torch.randn(out.shape, generator=generator, device=out.device)
             return out + params["log_std"][:, None].exp() * noise
-        cumulative = cumulate(torch.where(mask, out, -1e8).softmax(dim=2))
-        drawn = torch.rand((*out.shape[:2], 1), generator=generator, device=out.device) * cumulative[..., -1:]
-        return (cumulative <= drawn).sum(dim=2)  # inverts the distribution; a masked action is never drawn
+        return draw(torch.where(mask, out, -1e8).softmax(dim=2), generator)
 
     def act_greedily(self, params, x, mask):
         return torch.where(mask, self.outputs(params, x), -1e8).argmax(dim=2)

@@ -427,9 +427,13 @@ def flatten(report):
     return {f"{key}_{name}".rstrip("_"): value for key, values in parts for name, value in values.items()}
 
 
-def cumulate(p):
-    """Sums of probabilities (..., A) up to each action. On CUDA cumsum has no deterministic form, a matrix product has."""
-    return p.cumsum(dim=-1) if p.device.type == "cpu" else p @ torch.ones((p.shape[-1],) * 2, device=p.device).triu()
+def draw(p):
+    """(...,) actions drawn with probabilities p (..., A), which need not quite sum to 1; one without probability never is."""
+    if p.device.type == "cpu":  # inverts the distribution
+        cumulative = p.cumsum(dim=-1)
+        drawn = torch.rand((*p.shape[:-1], 1), device=p.device) * cumulative[..., -1:]
+        return (cumulative <= drawn).sum(dim=-1)
+    return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)  # cumsum is not deterministic there
 
 
 def make_envs(args, splits, env_options, phase):
@@ -728,14 +732,10 @@ if __name__ == "__main__":
                     chosen = home
                 else:
                     gate_all = agent.gate_log_probs(x[step], memory)
-                    cumulative = cumulate(gate_all.exp())
-                    drawn = torch.rand((args.num_envs, 1), device=device) * cumulative[:, -1:]
-                    chosen = torch.where(decided[step], (cumulative <= drawn).sum(dim=1), chosen)
+                    chosen = torch.where(decided[step], draw(gate_all.exp()), chosen)
                     gate_logprobs[step] = gate_all.gather(1, chosen[:, None]).squeeze(1)
                 log_probs = agent.log_probs(x[step], masks[step].to(device), chosen)
-                cumulative = cumulate(log_probs.exp())
-                drawn = torch.rand((args.num_envs, 1), device=device) * cumulative[:, -1:]
-                action = (cumulative <= drawn).sum(dim=1)  # inverts the distribution; a masked action is never drawn
+                action = draw(log_probs.exp())
                 if mixture and not alone:
                     log_probs = mixed(gate_all, agent.all_log_probs(x[step], masks[step].to(device)))
                 logprobs[step] = log_probs.gather(1, action[:, None]).squeeze(1)

@@ -186,9 +186,10 @@ def gathered(x):
     """The rows of a tensor of all processes, one below the other."""
     if processes() == 1:
         return x
-    parts = [torch.empty_like(x.view(torch.uint8)) for _ in range(processes())]
-    dist.all_gather(parts, x.contiguous().view(torch.uint8))
-    return torch.cat(parts).view(x.dtype)
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    if x.numel():
+        dist.all_gather([part.view(torch.uint8) for part in parts], x.contiguous().view(torch.uint8))
+    return torch.cat(parts)
 
 
 class Captured:
@@ -295,9 +296,13 @@ class Agent(nn.Module):
         return torch.where(mask, self.actor(self.norm(obs)), -1e8).argmax(dim=1)
 
 
-def cumulate(p):
-    """Sums of probabilities (..., A) up to each action. On CUDA cumsum has no deterministic form, a matrix product has."""
-    return p.cumsum(dim=-1) if p.device.type == "cpu" else p @ torch.ones((p.shape[-1],) * 2, device=p.device).triu()
+def draw(p):
+    """(...,) actions drawn with probabilities p (..., A), which need not quite sum to 1; one without probability never is."""
+    if p.device.type == "cpu":  # inverts the distribution
+        cumulative = p.cumsum(dim=-1)
+        drawn = torch.rand((*p.shape[:-1], 1), device=p.device) * cumulative[..., -1:]
+        return (cumulative <= drawn).sum(dim=-1)
+    return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)  # cumsum is not deterministic there
 
 
 def make_envs(args, data, splits, iterations, device="cpu"):
@@ -455,7 +460,7 @@ if __name__ == "__main__":
             sys.exit(f"--resume {args.resume}: a run of {number} processes; expected as many, not {world_size}")
 
         def own(rows):
-            return rows.view(world_size, -1, *rows.shape[1:])[rank]
+            return rows.chunk(world_size)[rank].clone()
 
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -537,9 +542,7 @@ if __name__ == "__main__":
         with torch.no_grad(), autocast():
             normalised = agent.norm(observation)
             log_probs = agent.log_probs(normalised, mask)
-            cumulative = cumulate(log_probs.exp())
-            drawn = torch.rand((num_envs, 1), device=device) * cumulative[:, -1:]
-            action = (cumulative <= drawn).sum(dim=1)  # inverts the distribution; a masked action is never drawn
+            action = draw(log_probs.exp())
             return normalised, action, log_probs.gather(1, action[:, None]).squeeze(1)
 
     def value_of(normalised):

@@ -208,9 +208,10 @@ def gathered(x):
     """The rows of a tensor of all processes, one below the other."""
     if processes() == 1:
         return x
-    parts = [torch.empty_like(x.view(torch.uint8)) for _ in range(processes())]
-    dist.all_gather(parts, x.contiguous().view(torch.uint8))
-    return torch.cat(parts).view(x.dtype)
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    if x.numel():
+        dist.all_gather([part.view(torch.uint8) for part in parts], x.contiguous().view(torch.uint8))
+    return torch.cat(parts)
 
 
 class Captured:
@@ -478,7 +479,7 @@ if __name__ == "__main__":
             sys.exit(f"--resume {args.resume}: a run of {number} processes; expected as many, not {world_size}")
 
         def own(rows):
-            return rows.view(world_size, -1, *rows.shape[1:])[rank]
+            return rows.chunk(world_size)[rank].clone()
 
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])

@@ -294,9 +294,13 @@ class Agent(nn.Module):
         return torch.where(mask, self.actor(self.encode(self.norm(obs))), -1e8).argmax(dim=1)
 
 
-def cumulate(p):
-    """Sums of probabilities (..., A) up to each action. On CUDA cumsum has no deterministic form, a matrix product has."""
-    return p.cumsum(dim=-1) if p.device.type == "cpu" else p @ torch.ones((p.shape[-1],) * 2, device=p.device).triu()
+def draw(p):
+    """(...,) actions drawn with probabilities p (..., A), which need not quite sum to 1; one without probability never is."""
+    if p.device.type == "cpu":  # inverts the distribution
+        cumulative = p.cumsum(dim=-1)
+        drawn = torch.rand((*p.shape[:-1], 1), device=p.device) * cumulative[..., -1:]
+        return (cumulative <= drawn).sum(dim=-1)
+    return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)  # cumsum is not deterministic there
 
 
 def make_envs(args, splits, env_options):
@@ -550,9 +554,7 @@ if __name__ == "__main__":
                 x[step] = agent.norm(obs[step].to(device))
                 features[step] = agent.encode(x[step])
                 log_probs = agent.log_probs(features[step], masks[step].to(device))
-                cumulative = cumulate(log_probs.exp())
-                drawn = torch.rand((args.num_envs, 1), device=device) * cumulative[:, -1:]
-                action = (cumulative <= drawn).sum(dim=1)  # inverts the distribution; a masked action is never drawn
+                action = draw(log_probs.exp())
                 logprobs[step] = log_probs.gather(1, action[:, None]).squeeze(1)
                 actions[step] = action
             if is_market:

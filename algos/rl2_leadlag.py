@@ -204,9 +204,13 @@ class Tanh(nn.Module):
         return FastTanh.apply(x)
 
 
-def cumulate(p):
-    """Sums of probabilities (..., A) up to each action. On CUDA cumsum has no deterministic form, a matrix product has."""
-    return p.cumsum(dim=-1) if p.device.type == "cpu" else p @ torch.ones((p.shape[-1],) * 2, device=p.device).triu()
+def draw(p, generator=None):
+    """(...,) actions drawn with probabilities p (..., A), which need not quite sum to 1; one without probability never is."""
+    if p.device.type == "cpu":  # inverts the distribution
+        cumulative = p.cumsum(dim=-1)
+        drawn = torch.rand((*p.shape[:-1], 1), device=p.device, generator=generator) * cumulative[..., -1:]
+        return (cumulative <= drawn).sum(dim=-1)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1)  # cumsum is not deterministic there
 
 
 class Agent(nn.Module):
@@ -261,10 +265,8 @@ class Agent(nn.Module):
         return self.critic(features).squeeze(-1)
 
     def sample(self, log_probs, generator=None):
-        """(n,) actions drawn from log-probabilities (n, A): inverts the distribution; a masked action is never drawn."""
-        cumulative = cumulate(log_probs.exp())
-        drawn = torch.rand((len(log_probs), 1), device=log_probs.device, generator=generator) * cumulative[:, -1:]
-        return (cumulative <= drawn).sum(dim=1)
+        """(n,) actions drawn from log-probabilities (n, A); a masked action never is."""
+        return draw(log_probs.exp(), generator)
 
 
 class Player:

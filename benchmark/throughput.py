@@ -8,17 +8,13 @@ Peers are optional: `pip install -e ".[peers]"`; one that is not installed gets 
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import platform
 import resource
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
@@ -27,9 +23,12 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pandas as pd
+import throughput_gpu
 import tyro
+from measuring import compare, figure, run_script, spread, tables, timed
 
 from envs import ledger
+from envs.device import unavailable
 from envs.leadlag import LeadLagEnv, LeadLagVectorEnv
 from envs.leadlag_tables import LeadLagData
 from envs.panel import Split
@@ -37,7 +36,6 @@ from envs.portfolio import PortfolioEnv, PortfolioVectorEnv
 from envs.portfolio_tables import PortfolioData
 from envs.synthetic import load_market
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {LeadLagData: Path("algos") / "ppo_leadlag.py", PortfolioData: Path("algos") / "ppo_portfolio.py"}
 ENVS = {LeadLagData: (LeadLagVectorEnv, LeadLagEnv), PortfolioData: (PortfolioVectorEnv, PortfolioEnv)}
 INSTALL = 'not installed: pip install -e ".[peers]"'
@@ -59,17 +57,22 @@ class Args:
     """folder of throughput.json and throughput.md"""
     repeats: int = 0
     """rounds of every interleaved comparison (0: 11, with --quick 3); those that train run a third as many"""
+    device: str = "cpu"
+    """cuda, or cuda:<number>: markets, rollout and training on that GPU, written to throughput_cuda.json and .md"""
     only: tuple[str, ...] = ()
     """sections to run: memory, env, lookback, rollout, peers, training, portfolio-peers, portfolio-training,
-    recurrent, diffmarket (all by default)"""
+    recurrent, diffmarket; with --device cuda gpu-env, gpu-roofline, gpu-rollout, gpu-training, gpu-capture (all by default)"""
     market: str = "synthetic:leadlag:val=1:test=1"
     """market of the sections on LeadLag-v0 but memory: by default the training histories that the script has by default"""
     portfolio: str = "synthetic:noise:assets=30:val=1:test=1"
     """market of the sections on Portfolio-v0"""
     diffmarket: str = "synthetic:noise:assets=4:val=1:test=1"
     """market of the comparison that trains through the differentiable market"""
+    trading: str = "synthetic:ou:val=1:test=1"
+    """with --device cuda: market of Trading-v0"""
     num_envs: tuple[int, ...] = ()
-    """numbers of markets of the env section (default: 1 16 256 1024 4096 16384; with --quick 1 256 4096)"""
+    """numbers of markets of the env section (default: 1 16 256 1024 4096 16384; with --quick 1 256 4096), and of those on a GPU
+    (1024 16384 65536 262144 1048576; with --quick 1024 65536)"""
     seconds: float = 0.3
     """least duration of one measurement"""
     train_steps: int = 100 * NUM_ENVS * NUM_STEPS
@@ -77,69 +80,20 @@ class Args:
 
     def __post_init__(self):
         self.repeats = self.repeats or (3 if self.quick else 11)
-        self.num_envs = self.num_envs or ((1, 256, 4096) if self.quick else (1, 16, 256, 1024, 4096, 16384))
-        unknown = set(self.only) - set(SECTIONS)
+        sizes = ((1, 256, 4096), (1, 16, 256, 1024, 4096, 16384))
+        if self.device != "cpu":
+            if reason := unavailable(self.device):
+                sys.exit(f"--{reason}")
+            sizes = throughput_gpu.QUICK, throughput_gpu.NUM_ENVS
+        self.num_envs = self.num_envs or sizes[not self.quick]
+        unknown = set(self.only) - set(self.sections)
         if unknown:
-            sys.exit(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(SECTIONS)}")
+            sys.exit(f"--only {' '.join(sorted(unknown))}: expected some of {' '.join(self.sections)}")
 
-
-# Measuring
-
-
-def timed(step: Callable[[], object], steps: int, seconds: float) -> Callable[[], float]:
-    """A measurement of steps/s: calls `step`, each of which takes `steps` steps, until `seconds` are over."""
-
-    def measure():
-        calls, start = 0, time.perf_counter()
-        while True:
-            step()
-            calls += 1
-            elapsed = time.perf_counter() - start
-            if elapsed >= seconds:
-                return calls * steps / elapsed
-
-    step()  # warm-up: compilation, first touch of the memory
-    return measure
-
-
-def compare(section, contestants: dict[str, Callable[[], float] | str], repeats, faster_by=False, targets=()) -> list[dict]:
-    """Rows of contestants measured in turns; the first is the reference of the ratio.
-
-    The ratio is the row's speed over the reference's, or, with `faster_by`, the reference's over the row's. A contestant
-    that is a string is one that cannot run, and why. targets: (name, lowest, highest) of ratios that the project wants.
-    """
-    running = {name: measure for name, measure in contestants.items() if callable(measure)}
-    samples = {name: [] for name in running}
-    for _ in range(repeats):
-        for name, measure in running.items():
-            samples[name].append(measure())
-    rows, reference = [], next(iter(running))
-    for name, measure in contestants.items():
-        row = {"section": section, "name": name, "unit": "steps/s", "reference": reference}
-        if name in running:
-            ratios = np.divide(samples[name], samples[reference])
-            ratios = 1.0 / ratios if faster_by else ratios
-            row |= {"samples": samples[name], **spread("value", samples[name]), **spread("ratio", ratios)}
-        else:
-            row["note"] = measure
-        for wanted, lowest, highest in targets:
-            if wanted == name:
-                row["target"] = f">= {lowest}" if np.isinf(highest) else f"<= {highest}"
-                row |= {"met": bool(lowest <= row["ratio"] <= highest)} if "ratio" in row else {}
-        rows.append(row)
-        print(f"  {name:<44} {figure(row, 'value')} steps/s  ratio {figure(row, 'ratio')} {row.get('note', '')}", flush=True)
-    return rows
-
-
-def spread(name: str, values) -> dict[str, float]:
-    return {name: float(np.median(values)), f"{name}_min": float(np.min(values)), f"{name}_max": float(np.max(values))}
-
-
-def figure(row: dict, name: str) -> str:
-    if name not in row:
-        return "-"
-    low, middle, high = (row[key] for key in (f"{name}_min", name, f"{name}_max"))
-    return f"{middle:,.0f} [{low:,.0f}, {high:,.0f}]" if middle >= 1000 else f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+    @property
+    def sections(self):
+        """Name -> (measure, title, what its ratio is)."""
+        return SECTIONS if self.device == "cpu" else throughput_gpu.SECTIONS
 
 
 # The markets alone
@@ -374,16 +328,8 @@ def recurrent_sb3(args, env, n, num_steps, minibatches, epochs):
 
 
 def script(args, path, market, threads, *options, steps=None):
-    def measure():
-        with tempfile.TemporaryDirectory() as runs:
-            command = [sys.executable, path, "--market", market, "--runs-dir", runs, "--no-cuda", *options]
-            command += ["--total-timesteps", steps or args.train_steps, "--num-threads", threads]
-            done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{path} failed:\n{done.stderr[-3000:]}")
-            return json.loads(next(Path(runs).glob("*/run.json")).read_text())["sps"]
-
-    return measure
+    command = ["--market", market, "--no-cuda", *options, "--num-threads", threads]
+    return lambda: run_script(path, *command, "--total-timesteps", steps or args.train_steps)[0]["sps"]
 
 
 def one_vector_env(data, num_envs=NUM_ENVS):
@@ -542,11 +488,12 @@ NOTES = {
 }  # fmt: skip
 
 
-def machine() -> dict[str, object]:
+def machine(device: str = "cpu") -> dict[str, object]:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    facts = ledger.provenance(__file__, f"{model}, {CORES} cores")
+    card = f", {throughput_gpu.card(device)}" if device != "cpu" else ""
+    facts = ledger.provenance(__file__, f"{model}, {CORES} cores{card}")
     versions = facts.pop("packages") | dict.fromkeys(PEERS, "not installed")
     for name in PEERS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -554,14 +501,15 @@ def machine() -> dict[str, object]:
     return {"date": time.strftime("%Y-%m-%d", time.gmtime())} | facts | versions | {"load_at_start": os.getloadavg()[0]}
 
 
-def markdown(facts, rows) -> str:
+def markdown(facts, rows, sections) -> str:
+    notes = NOTES | throughput_gpu.NOTES
     lines = ["# Throughput", "", "Median [smallest, largest]; ratios pair by pair of interleaved runs.", ""]
     lines += ["| machine | |", "|-|-|", *(f"| {name} | {value} |" for name, value in facts.items())]
-    for section, (_, title, ratio) in SECTIONS.items():
+    for section, (_, title, ratio) in sections.items():
         found = [row for row in rows if row["section"] == section]
         if found:
             unit = found[0].get("unit", "steps/s")
-            lines += ["", f"## {title}", "", *([NOTES[section], ""] if section in NOTES else [])]
+            lines += ["", f"## {title}", "", *([notes[section], ""] if section in notes else [])]
             lines += [f"| | {unit} | {ratio} | target | met |", "|-|-:|-:|-:|-|"]
             for row in found:
                 met = {True: "yes", False: "no"}.get(row.get("met"), "")
@@ -571,22 +519,23 @@ def markdown(facts, rows) -> str:
 
 
 def main(args: Args) -> list[dict]:
-    facts = machine()
-    tables, rows = {}, []
+    facts, rows = machine(args.device), []
+    name = "throughput" if args.device == "cpu" else "throughput_cuda"
     args.out.mkdir(parents=True, exist_ok=True)
-    for section, (measure, title, _) in SECTIONS.items():
-        if section in (args.only or SECTIONS):
+    for section, (measure, title, _) in args.sections.items():
+        if section in (args.only or args.sections):
             print(title, flush=True)
-            kind, market = (PortfolioData, args.portfolio) if "portfolio" in section else (LeadLagData, args.market)
-            kind, market = (PortfolioData, args.diffmarket) if section == "diffmarket" else (kind, market)
-            if section != "memory" and market not in tables:
-                tables[market] = kind(load_market(market, 1))
-            rows += measure(args, tables.get(market))
+            if args.device != "cpu":
+                rows += measure(args)
+            else:
+                kind, market = (PortfolioData, args.portfolio) if "portfolio" in section else (LeadLagData, args.market)
+                kind, market = (PortfolioData, args.diffmarket) if section == "diffmarket" else (kind, market)
+                rows += measure(args, tables(kind, market) if section != "memory" else None)
             facts["load_at_end"] = os.getloadavg()[0]
             arguments = {name: value for name, value in dataclasses.asdict(args).items() if name != "out"}
             content = {"machine": facts, "arguments": arguments, "rows": rows}
-            ledger.write_json(args.out / "throughput.json", content)
-            (args.out / "throughput.md").write_text(markdown(facts, rows))
+            ledger.write_json(args.out / f"{name}.json", content)
+            (args.out / f"{name}.md").write_text(markdown(facts, rows, args.sections))
     return rows
 
 

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import throughput
+import throughput_gpu
+import torch
 from conftest import ROOT, run_python
 
 TINY = "synthetic:leadlag:bars=300:train=1:val=1:test=1"
@@ -52,3 +54,46 @@ def test_ratios_are_of_neighbours():
 def test_unknown_section_is_refused():
     with pytest.raises(SystemExit, match="--only nonsense"):
         throughput.Args(only=("nonsense",))
+
+
+def test_device_section_under_the_simulator(tmp_path):
+    small = ":bars=300:train=1:val=1:test=1"
+    command = [str(SCRIPT), "--device", "cuda", "--repeats", "1", "--seconds", "0.01", "--num-envs", "3"]
+    command += ["--market", f"synthetic:leadlag:assets=4:leaders=2:followers=2{small}", "--out", str(tmp_path)]
+    command += ["--portfolio", f"synthetic:ou{small}", "--trading", f"synthetic:ou{small}", "--only", "gpu-env", "gpu-roofline"]
+    done = run_python("-W", "ignore", *command, NUMBA_DISABLE_JIT="1", NUMBA_ENABLE_CUDASIM="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    content = json.loads((tmp_path / "throughput_cuda.json").read_text())
+    assert "simulated GPU" in content["machine"]["device"]
+    eager = [row for row in content["rows"] if row["name"].endswith("eager")]
+    assert [row["name"].split(",")[0] for row in eager] == ["LeadLag-v0", "Portfolio-v0", "Trading-v0"]
+    assert all(row["value"] > 0 for row in eager)
+    shares = [row for row in content["rows"] if row["section"] == "gpu-roofline"]
+    assert [row["unit"] for row in shares] == 3 * ["GB/s"] + 3 * ["GFLOP/s"] and all(row["ratio"] > 0 for row in shares)
+    assert "no graphs without a GPU" in (tmp_path / "throughput_cuda.md").read_text()
+
+
+def test_training_and_time_to_capture_are_read_off_runs(monkeypatch):
+    """The sections that start scripts, on the CPU."""
+    monkeypatch.setattr(throughput_gpu, "MODES", {"eager": ("--no-cuda",)})
+    args = throughput.Args(repeats=1, num_envs=(64,), market=TINY)
+    (row,) = throughput_gpu.measure_training(args)
+    assert row["value"] > 0 and row["warmup_seconds"][0] > 0 and row["target"] == ">= 10,000,000 steps/s" and not row["met"]
+
+    monkeypatch.setattr(throughput_gpu, "CAPTURE_MARKET", TINY)
+    options = ("--no-cuda", "--num-envs", 64, "--num-steps", 16, "--eval-every", 2)
+    monkeypatch.setattr(throughput_gpu, "CAPTURE", options)
+    monkeypatch.setattr(throughput_gpu, "CAPTURE_STEPS", 8 * 1024)
+    for reachable, growth in ((True, 1e9), (False, -1e9)):
+        monkeypatch.setattr(throughput_gpu.references, "capture", lambda found, known, share=growth: share)
+        (row,) = throughput_gpu.measure_capture(args)
+        assert row["met"] == reachable and row.get("note") == (None if reachable else "not reached")
+        assert not reachable or row["value"] < 60
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(SystemExit, match="--device='tpu': expected cpu, cuda"):
+        throughput.Args(device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="finds 0 CUDA devices"):
+            throughput.Args(device="cuda")

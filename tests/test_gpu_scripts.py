@@ -1,0 +1,232 @@
+"""PPO scripts on a GPU, compiled, captured, and over several processes: equal to the plain run on the CPU.
+
+Without a GPU: markets on Numba's simulator, torch.compile on the CPU, and processes that talk over gloo. What needs a GPU is
+skipped there: it is to be run on a machine that has one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_python
+from scripts import SCRIPTS, Run, assert_same_content, assert_same_ledger
+
+pytest_plugins = ["scripts"]
+
+NAMES = ("ppo_leadlag", "ppo_portfolio")
+SMALLEST = {  # without compiled kernels
+    "ppo_leadlag": (
+        "--market", "synthetic:leadlag:bars=300:train=1:val=1:test=1:assets=4:leaders=2:followers=2",
+        "--num-lookbacks", "3", "--max-lookback", "20",
+    ),
+    "ppo_portfolio": ("--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2"),
+}  # fmt: skip
+FEW = ("--num-envs", "4", "--num-steps", "8", "--episode-length", "9", "--total-timesteps", "128", "--num-minibatches", "2")
+with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture(params=NAMES)
+def script(request):
+    return SCRIPTS[request.param]
+
+
+def trained(script, runs: Path, *options, **environment) -> Run:
+    """The run of a process of its own."""
+    done = run_python("-W", "ignore", str(script.path), *options, "--runs-dir", str(runs), timeout=600, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = runs.iterdir()
+    return Run(folder, done)
+
+
+def test_markets_on_a_device_change_nothing(script, tmp_path):
+    """The rollout that a GPU takes, on the simulator: the same weights, markets and last returns, and so the same ledger."""
+    simulator = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
+    options = (*SMALLEST[script.name], *FEW, "--num-threads", "1", "--no-cuda", "--market-device")
+    host, device = (trained(script, tmp_path / name, *options, name, **simulator) for name in ("cpu", "cuda"))
+    ours, theirs = device.model, host.model
+    assert ours["iteration"] == 4 and len(ours["recent_returns"]) >= 12
+    np.testing.assert_allclose(ours.pop("recent_returns"), theirs.pop("recent_returns"), rtol=1e-12)
+    np.testing.assert_allclose(ours.pop("episode_return"), theirs.pop("episode_return"), rtol=1e-12)
+    assert ours["args"].pop("market_device") == "cuda" and theirs["args"].pop("market_device") == "cpu"
+    ours["args"].pop("runs_dir"), theirs["args"].pop("runs_dir")
+    assert_same_content(ours, theirs)
+    assert_same_ledger(device.ledger, host.ledger)
+
+
+def test_without_a_gpu_its_flags_are_left_out_and_said(script, inside, capsys):
+    plain = Run(inside(*script.short)["run_dir"])
+    capsys.readouterr()
+    asked = Run(inside(*script.short, "--amp", "--cudagraphs")["run_dir"])
+    printed = capsys.readouterr().out
+    assert "device  cpu (--no-cuda)" in printed
+    assert "--amp: --no-cuda; left out" in printed and "--cudagraphs: --no-cuda; left out" in printed
+    assert not asked.json["args"]["amp"] and not asked.json["args"]["cudagraphs"]
+    assert_same_content(asked.model["model"], plain.model["model"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_cuda_device_is_said(script, tmp_path):
+    options = [option for option in script.short if option != "--no-cuda"]
+    run = trained(script, tmp_path, *options, "--total-timesteps", "1024", "--amp")
+    assert "device  cpu (no CUDA device)" in run.done.stdout and "--amp: no CUDA device; left out" in run.done.stdout
+    assert run.json["device"] == "cpu"
+
+
+def test_bad_devices_are_named(script, complaint):
+    assert "--market-device gpu: expected auto, cpu or cuda" in complaint(*script.short, "--market-device", "gpu")
+    if not torch.cuda.is_available():
+        assert "device='cuda': torch" in complaint(*script.short, "--market-device", "cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_equals_eager(script, tmp_path):
+    """To rounding, after a few updates; the random numbers are the same."""
+    options = (*script.short, "--total-timesteps", "4096")
+    eager, compiled = (
+        trained(script, tmp_path / "eager", *options),
+        trained(script, tmp_path / "compiled", *options, "--compile"),
+    )
+    for name, values in eager.model["model"].items():
+        torch.testing.assert_close(compiled.model["model"][name], values, atol=1e-5, rtol=1e-5)
+
+
+@with_gpu
+@pytest.mark.parametrize("options", (("--cudagraphs",), ("--compile", "--cudagraphs")))
+def test_captured_equals_eager_bit_for_bit(script, tmp_path, options):
+    """Over many resets: episodes are shorter than a rollout."""
+    short = (*script.short, "--episode-length", "9", "--total-timesteps", "20480")
+    plain = trained(script, tmp_path / "plain", *short, *(o for o in options if o != "--cudagraphs"))
+    captured = trained(script, tmp_path / "captured", *short, *options)
+    assert captured.json["args"]["cudagraphs"]
+    assert_same_content(captured.model["model"], plain.model["model"])
+    assert_same_content(captured.model["envs"], plain.model["envs"])
+
+
+@with_gpu
+def test_bfloat16_learns_about_the_same(script, tmp_path):
+    plain, amp = (trained(script, tmp_path / name, *script.short, *options) for name, options in (("a", ()), ("b", ("--amp",))))
+    for name, values in plain.model["model"].items():
+        torch.testing.assert_close(amp.model["model"][name], values, atol=0.05, rtol=0.1)
+
+
+# Several processes
+
+
+def torchrun(*command, timeout=300) -> subprocess.CompletedProcess:
+    """Two processes on this machine."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*start, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+TOGETHER = """
+import runpy, sys
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+script = runpy.run_path(sys.argv[1])
+assert script["processes"]() == 2
+assert torch.equal(script["average"](torch.tensor([float(rank), 4.0])), torch.tensor([0.5, 4.0]))
+for rows in (torch.tensor([[rank, 7], [8, 9]]), torch.tensor([rank == 0, True]), torch.zeros((2, 0))):
+    expected = [rows.clone(), rows.clone()]
+    if rows.numel():
+        expected[0].view(-1)[0], expected[1].view(-1)[0] = (0, 1) if rows.dtype == torch.int64 else (True, False)
+    assert torch.equal(script["gathered"](rows), torch.cat(expected)), rows
+
+numbers = torch.Generator().manual_seed(0)
+batches = [3.0 + 2.0 * torch.randn((64, 3), generator=numbers) for _ in range(4)]
+norm = script["RunningNorm"](3)
+norm.update(batches[rank])
+norm.update(batches[2 + rank])
+everything = torch.cat(batches).double()
+assert abs(norm.count.item() - 256) < 1e-3
+torch.testing.assert_close(norm.mean, everything.mean(0), rtol=1e-5, atol=1e-5)
+torch.testing.assert_close(norm.var, everything.var(0, correction=0), rtol=1e-3, atol=1e-4)
+dist.destroy_process_group()
+"""
+
+
+def test_what_processes_share(script, tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    done = torchrun(str(tmp_path / "together.py"), str(script.path))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def pair(script, tmp_path):
+    """A run of two processes."""
+    options = [
+        *script.short,
+        "--total-timesteps",
+        "4096",
+        "--num-threads",
+        "1",
+        "--no-cuda",
+        "--runs-dir",
+        str(tmp_path / "two"),
+    ]
+    done = torchrun(str(script.path), *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "two").iterdir()  # the others keep nothing
+    return Run(folder, done)
+
+
+def test_two_processes_share_the_markets_and_go_on_where_they_were(script, pair, inside, tmp_path):
+    saved = pair.model
+    assert pair.json["status"] == "finished" and pair.json["processes"] == 2 and pair.json["env_steps"] == 4096
+    assert pair.json["args"]["num_envs"] == 64 and saved["obs"].shape[0] == 64
+    keys = saved["envs"]["state"].view(64, -1)[:, :8].contiguous().view(torch.int64).flatten()
+    assert keys.tolist() == list(range(saved["args"]["seed"], saved["args"]["seed"] + 64))  # as one process would have them
+    shares = saved["rng"].view(2, -1)
+    assert not torch.equal(shares[0], shares[1])  # each draws its own actions
+    assert float(saved["model"]["norm.count"]) == pytest.approx(4096, abs=1e-3)
+    assert pair.done.stdout.count("run directory") == 1
+
+    with pytest.raises(SystemExit, match="a run of 2 processes; expected as many, not 1"):
+        inside("--resume", str(pair.folder))
+    copy = Path(shutil.copytree(pair.folder, tmp_path / "copy"))
+    again = torchrun(str(script.path), "--resume", str(copy))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert_same_ledger(Run(copy).ledger, pair.ledger)
+
+
+def test_a_killed_run_of_two_processes_ends_like_one_that_was_not(script, pair, tmp_path):
+    """The checkpoint of its second iteration, as if the kill had come after it."""
+    options = [
+        *script.short,
+        "--total-timesteps",
+        "4096",
+        "--num-threads",
+        "1",
+        "--no-cuda",
+        "--runs-dir",
+        str(tmp_path / "cut"),
+    ]
+    stop = "import os, sys, runpy, torch\nsave, saved = torch.save, []\n"
+    stop += "def once(content, path):\n    save(content, path)\n    saved.append(1)\n"
+    stop += "    if len(saved) == 2:\n        os.replace(path, path.with_suffix('.pt'))\n        os._exit(9)\n"
+    stop += "torch.save = once\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    (tmp_path / "stop.py").write_text(stop)
+    torchrun(str(tmp_path / "stop.py"), str(script.path), *options, "--checkpoint-every", "1")
+    (folder,) = (tmp_path / "cut").iterdir()
+    assert torch.load(folder / "model.pt", weights_only=True)["iteration"] == 2
+    assert json.loads((folder / "run.json").read_text())["status"] == "running"
+    done = torchrun(str(script.path), "--resume", str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for part in ("model", "envs", "rng"):
+        assert_same_content(Run(folder).model[part], pair.model[part])
+
+
+def test_markets_that_cannot_be_shared_are_refused(script):
+    done = torchrun(str(script.path), "--num-envs", "7", "--no-cuda")
+    assert done.returncode != 0 and "--num-envs 7: expected a multiple of the 2 processes" in done.stderr
