@@ -22,7 +22,7 @@ from envs.tasks import halves
 
 pytest_plugins = ["scripts"]
 TASKS, STEPS, OBS, ACTIONS, HIDDEN = 3, 14, 4, 3, 5
-ARGS = SimpleNamespace(inner_lr=0.7, clip_coef=0.3, kl_coef=0.2, first_order=False)
+ARGS = SimpleNamespace(inner_lr=0.7, further_lr=0.4, further_decay=0.5, clip_coef=0.3, kl_coef=0.2, first_order=False)
 
 
 @pytest.fixture
@@ -76,26 +76,25 @@ def reference_loss(agent, weights, batches, query, args, adapted=None):
 
     adapted: per task, the changes of the weights by each update, in the place of those that follow from `weights`.
     """
-    total = 0.0
+    total, sizes = 0.0, (args.inner_lr, args.further_lr, args.further_lr * args.further_decay)
     for k in range(TASKS):
-        params, kl = weights, None
-        for n, batch in enumerate(batches):
+        params, kl, gains = weights, None, []
+        for n, batch in enumerate((*batches, query)):
             params = {name: p.detach().requires_grad_() for name, p in params.items()}
             seen = batch.weight[k] > 0
             fresh = reference_log_prob(agent, params, batch.x[k], batch.mask[k], batch.actions[k])[seen]
-            ratio = (fresh - batch.logprobs[k][seen]).exp()
-            objective = (ratio * batch.advantages[k][seen]).mean()
-            steps = torch.autograd.grad(objective, list(params.values()))
-            if adapted is not None:
-                steps = adapted[k][n]
-            kl = (ratio.detach() - 1 - ratio.detach().log()).mean() if kl is None else kl
-            params = {name: (p + args.inner_lr * g).detach() for (name, p), g in zip(params.items(), steps)}
-        seen = query.weight[k] > 0
-        with torch.no_grad():
-            fresh = reference_log_prob(agent, params, query.x[k], query.mask[k], query.actions[k])[seen]
-        ratio, advantages = (fresh - query.logprobs[k][seen]).exp(), query.advantages[k][seen]
-        clipped = torch.where(advantages > 0, ratio.clamp(max=1 + args.clip_coef), ratio.clamp(min=1 - args.clip_coef))
-        total += float(-(clipped * advantages).mean() + args.kl_coef * kl)
+            ratio, advantages = (fresh - batch.logprobs[k][seen]).exp(), batch.advantages[k][seen]
+            if n == 0:
+                kl = (ratio.detach() - 1 - ratio.detach().log()).mean()
+            else:  # what is earned after n updates
+                now = ratio.detach()
+                clipped = torch.where(advantages > 0, now.clamp(max=1 + args.clip_coef), now.clamp(min=1 - args.clip_coef))
+                gains.append(float((clipped * advantages).mean()))
+            if n < len(batches):
+                steps = torch.autograd.grad((ratio * advantages).mean(), list(params.values()))
+                steps = steps if adapted is None else adapted[k][n]
+                params = {name: (p + sizes[n] * g).detach() for (name, p), g in zip(params.items(), steps)}
+        total += float(args.kl_coef * kl) - sum(gains) / len(gains)
     return total / TASKS
 
 
@@ -175,7 +174,7 @@ def test_statistics_of_the_meta_loss(script, tiny):
     at_rest = [
         b._replace(logprobs=tiny.log_prob(tiny.for_tasks(TASKS), b.x, b.mask, b.actions).detach()) for b in (*batches, query)
     ]
-    args = SimpleNamespace(**{**vars(ARGS), "inner_lr": 0.0})
+    args = SimpleNamespace(**{**vars(ARGS), "inner_lr": 0.0, "further_lr": 0.0})
     _, (_, kl, approx_kl, clipped) = script.module.meta_loss(tiny, at_rest[:-1], at_rest[-1], args)
     assert max(map(abs, (kl, approx_kl, clipped))) < 1e-12
 
@@ -406,7 +405,7 @@ def test_further_updates_have_a_step_size_of_their_own(script, inside, monkeypat
         own, "inner_update", lambda a, p, b, size, _call=own["inner_update"]: sizes.append(size) or _call(a, p, b, size)
     )
     stages = own["adapt_to"]("val")
-    assert sizes == [0.1, 0.1, 0.03, 0.015, 0.0075] and len(stages) == 6
+    assert sizes == [0.1, 0.03, 0.015, 0.0075, 0.00375] and len(stages) == 6
 
 
 def test_evaluation_changes_nothing_in_training(script, inside):
