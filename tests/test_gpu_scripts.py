@@ -162,23 +162,29 @@ def test_what_processes_share(script, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+SPY = """
+import os, runpy, sys, torch
+folder, sys.argv = sys.argv[1], sys.argv[2:]
+g = runpy.run_path(sys.argv[0], run_name="__main__")
+torch.save({"model": g["agent"].state_dict(), "actions": g["actions"]}, f"{folder}/rank{os.environ['RANK']}.pt")
+"""
+
+
 @pytest.fixture
 def pair(script, tmp_path):
-    """A run of two processes."""
-    options = [
-        *script.short,
-        "--total-timesteps",
-        "4096",
-        "--num-threads",
-        "1",
-        "--no-cuda",
-        "--runs-dir",
-        str(tmp_path / "two"),
-    ]
-    done = torchrun(str(script.path), *options)
+    """A run of two processes, which leave rank0.pt and rank1.pt besides."""
+    (tmp_path / "spy.py").write_text(SPY)
+    options = [*script.short, "--total-timesteps", "4096", "--runs-dir", str(tmp_path / "two")]
+    done = torchrun(str(tmp_path / "spy.py"), str(tmp_path), str(script.path), *options)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = (tmp_path / "two").iterdir()  # the others keep nothing
     return Run(folder, done)
+
+
+def test_two_processes_learn_one_policy_from_different_actions(pair, tmp_path):
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert_same_content(first["model"], second["model"])
+    assert (first["actions"] != second["actions"]).any() and len(pair.ledger)
 
 
 def test_two_processes_share_the_markets_and_go_on_where_they_were(script, pair, inside, tmp_path):
@@ -202,16 +208,7 @@ def test_two_processes_share_the_markets_and_go_on_where_they_were(script, pair,
 
 def test_a_killed_run_of_two_processes_ends_like_one_that_was_not(script, pair, tmp_path):
     """The checkpoint of its second iteration, as if the kill had come after it."""
-    options = [
-        *script.short,
-        "--total-timesteps",
-        "4096",
-        "--num-threads",
-        "1",
-        "--no-cuda",
-        "--runs-dir",
-        str(tmp_path / "cut"),
-    ]
+    options = [*script.short, "--total-timesteps", "4096", "--runs-dir", str(tmp_path / "cut")]
     stop = "import os, sys, runpy, torch\nsave, saved = torch.save, []\n"
     stop += "def once(content, path):\n    save(content, path)\n    saved.append(1)\n"
     stop += "    if len(saved) == 2:\n        os.replace(path, path.with_suffix('.pt'))\n        os._exit(9)\n"
