@@ -235,7 +235,7 @@ class Captured:
             return self.result
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
                 self.result = self.function()
         self.graph.replay()
         return self.result

@@ -106,7 +106,8 @@ def test_captured_equals_eager_bit_for_bit(script, tmp_path, options):
     captured = trained(script, tmp_path / "captured", *short, *options)
     assert captured.json["args"]["cudagraphs"]
     assert_same_content(captured.model["model"], plain.model["model"])
-    assert_same_content(captured.model["envs"], plain.model["envs"])
+    for name in ("state", "memory", "mask"):  # calls of step, which some count besides, are none in a replay
+        assert_same_content(captured.model["envs"][name], plain.model["envs"][name])
 
 
 @with_gpu
