@@ -12,8 +12,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numba import njit
 
+from envs.episodes import assigned_tasks, market_seeds, mix64, uniform
 from envs.tasks import HELD_OUT
-from envs.vector import assigned_tasks, market_seeds, mix64, uniform
 
 
 @njit(cache=True, error_model="numpy")

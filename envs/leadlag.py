@@ -14,10 +14,11 @@ import numpy as np
 from numba import cuda, njit, prange
 
 from envs.costs import EQUITY, GROSS_EXPOSURE, NET_EXPOSURE, RUIN, account_step
+from envs.episodes import begin_episode
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.panel import Split
 from envs.synthetic import load_market
-from envs.vector import MarketEnv, MarketVectorEnv, begin_episode
+from envs.vector import MarketEnv, MarketVectorEnv
 
 ABSOLUTE, DELTA, HYBRID = 0, 1, 2
 ACTIONS = {"absolute": ABSOLUTE, "delta": DELTA, "hybrid": HYBRID}

@@ -11,8 +11,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from envs.episodes import assigned_tasks, market_seeds
 from envs.tasks import HELD_OUT
-from envs.vector import assigned_tasks, market_seeds
 
 HORIZON = 100  # steps of an episode
 REACH = 0.1  # of a step, on each axis

@@ -17,20 +17,12 @@ import numpy as np
 from numba import cuda, njit, prange
 
 from envs.costs import EQUITY, RUIN, TURNOVER, account_step
+from envs.episodes import MOMENTS, RATE, begin_episode, follow_return, forget_returns, recent_volatility
 from envs.panel import Split
 from envs.portfolio_tables import LONG_ONLY, PortfolioConfig, PortfolioData
 from envs.projection import project
 from envs.synthetic import load_market
-from envs.vector import (
-    MOMENTS,
-    RATE,
-    MarketEnv,
-    MarketVectorEnv,
-    begin_episode,
-    follow_return,
-    forget_returns,
-    recent_volatility,
-)
+from envs.vector import MarketEnv, MarketVectorEnv
 
 LARGEST = 10.0  # scores beyond +-LARGEST count as that
 GUARDS = ("guard_drawdown", "guard_return", "guard_turnover")

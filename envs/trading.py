@@ -37,18 +37,11 @@ from envs.costs import (
     account_step,
     combine_records,
 )
+from envs.episodes import MOMENTS, begin_episode, follow_return, forget_returns, recent_volatility
 from envs.panel import Split
 from envs.synthetic import load_market
 from envs.trading_tables import TradingConfig, TradingData
-from envs.vector import (
-    MOMENTS,
-    MarketEnv,
-    MarketVectorEnv,
-    begin_episode,
-    follow_return,
-    forget_returns,
-    recent_volatility,
-)
+from envs.vector import MarketEnv, MarketVectorEnv
 
 ORDERS = ("hold", "buy_small", "buy_medium", "buy_large", "sell_part", "sell_all", "add")
 HOLD, BUY_SMALL, BUY_MEDIUM, BUY_LARGE, SELL_PART, SELL_ALL, ADD = range(7)

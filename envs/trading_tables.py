@@ -30,7 +30,7 @@ POSITION = (
 PORTFOLIO = (
     "drawdown",  # not positive
     "today",  # return since the last mark of the calendar date before
-    "mean_return",  # of recent bars, with the next one as in vector.follow_return
+    "mean_return",  # of recent bars, with the next one as in episodes.follow_return
     "volatility",
     "exposure_left",  # max_position less the weight
     "blocked",  # 1 where the daily loss or the breaker forbids to buy

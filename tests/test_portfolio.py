@@ -27,6 +27,7 @@ from gymnasium.utils.env_checker import check_env
 
 from envs import ledger
 from envs.costs import EQUITY, GROSS_RETURN, INTEREST, NET_RETURN, RECORD, RUIN, TURNOVER
+from envs.episodes import DSR_BARS, DSR_RATE, RATE
 from envs.panel import Panel, PanelError, Split
 from envs.portfolio import COMPONENTS, GUARDS, PortfolioVectorEnv, RegimeGuard
 from envs.portfolio_references import (
@@ -43,7 +44,6 @@ from envs.portfolio_references import (
 from envs.portfolio_tables import PORTFOLIO, WARMUP, PortfolioConfig, PortfolioData, held_overnight, load_groups
 from envs.projection import project
 from envs.synthetic import make_panel
-from envs.vector import DSR_BARS, DSR_RATE, RATE
 
 GP = "synthetic:garleanu-pedersen:bars=400:train=3:val=1:test=3"
 

@@ -36,6 +36,7 @@ from envs.costs import (
     combine_records,
     load_costs,
 )
+from envs.episodes import DSR_BARS, DSR_RATE, RATE
 from envs.features import REGIME_FEATURES
 from envs.panel import Panel, PanelError, Split
 from envs.synthetic import make_panel
@@ -62,7 +63,6 @@ from envs.trading import (
     TradingVectorEnv,
 )
 from envs.trading_tables import DELIST_AFTER, PORTFOLIO, POSITION, WARMUP, TradingConfig, TradingData
-from envs.vector import DSR_BARS, DSR_RATE, RATE
 
 CALM = (100.0, 100.0, 100.0, 100.0)
 LEVELS = {"stop_loss": 0.05, "take_profit": 0.10}
