@@ -131,6 +131,8 @@ class Args:
     """discount factor; today's lookback moves little beyond tomorrow"""
     gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
+    common_scale: bool = False
+    """scale advantages after adaptation by one standard deviation for all tasks: each counts by what is at stake in it"""
     update_epochs: int = 5
     """passes over each iteration's episodes; with a single one no ratio would ever be clipped"""
     clip_coef: float = 0.3
@@ -140,7 +142,7 @@ class Args:
     max_grad_norm: float = 0.5
     """largest norm of the gradient"""
     eval_every: int = 20
-    """iterations between two evaluations on the validation split"""
+    """iterations between two evaluations on the validation split; with --env-id the mean adapted return of them is looked at"""
     patience: int = 0
     """stop after so many of them without a better score (0: never); the best model is kept in any case"""
 
@@ -243,7 +245,8 @@ class Batch(NamedTuple):
     mask: torch.Tensor  # (K, M, A) bool
     actions: torch.Tensor  # (K, M), or scores (K, M, A)
     logprobs: torch.Tensor  # (K, M) when they were drawn
-    advantages: torch.Tensor  # (K, M)
+    advantages: torch.Tensor  # (K, M) standardised for each task
+    spread: torch.Tensor  # (K, 1) their standard deviation before
     weight: torch.Tensor  # (K, M) 1 / number of the task's steps that count; 0 after the end of an episode
     returns: torch.Tensor  # (K, E) sum of rewards
 
@@ -264,7 +267,8 @@ def linear_values(x, targets, counts):
 
 
 def estimate_advantages(x, rewards, counts, gamma, gae_lambda):
-    """(K, T, E) advantages, standardised over each task's steps that count, of normalised observations x (K, T, E, D).
+    """(K, T, E) advantages, standardised over each task's steps that count, of normalised observations x (K, T, E, D); and
+    (K, 1) their standard deviations before.
 
     An episode is all there is: after its end, or the end of the rollout, nothing is to be earned.
     """
@@ -282,7 +286,8 @@ def estimate_advantages(x, rewards, counts, gamma, gae_lambda):
     advantages = accumulate(rewards + gamma * following - values, gamma * gae_lambda)
     number = counts.sum(dim=(1, 2), keepdim=True)
     advantages = (advantages - (advantages * counts).sum(dim=(1, 2), keepdim=True) / number) * counts
-    return advantages / ((advantages**2).sum(dim=(1, 2), keepdim=True) / number).sqrt().clamp(min=1e-8)
+    spread = ((advantages**2).sum(dim=(1, 2), keepdim=True) / number).sqrt().clamp(min=1e-8)
+    return advantages / spread, spread.flatten(1)
 
 
 def rollout(agent, params, markets, tasks, seed, args, generator=None):
@@ -319,12 +324,12 @@ def rollout(agent, params, markets, tasks, seed, args, generator=None):
     rewards, counts = by_task(rewards * counts[:-1]), by_task(counts[:-1])
     with torch.no_grad():
         x = agent.norm(obs[:-1].to(device).flatten(0, 1)).view(steps, *shape, size).transpose(0, 1)
-        advantages = estimate_advantages(x, rewards, counts, args.gamma, args.gae_lambda)
+        advantages, spread = estimate_advantages(x, rewards, counts, args.gamma, args.gae_lambda)
         weight = counts / counts.sum(dim=(1, 2), keepdim=True)
         steps_of = [by_task(obs[:-1]), x, by_task(masks[:-1]), torch.stack(taken, dim=1), advantages, weight]
         obs, x, masks, actions, advantages, weight = (rows.flatten(1, 2) for rows in steps_of)
         logprobs = agent.log_prob(params, x, masks, actions)
-    return Batch(obs, x, masks, actions, logprobs, advantages, weight, rewards.sum(dim=1))
+    return Batch(obs, x, masks, actions, logprobs, advantages, spread, weight, rewards.sum(dim=1))
 
 
 def step_size(args, n):
@@ -363,7 +368,10 @@ def meta_loss(agent, batches, query, args):
     for batch, logratio in zip((*batches[1:], query), logratios[1:]):
         ratio = logratio.exp()
         clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        gains = torch.min(ratio * batch.advantages, clipped * batch.advantages)
+        advantages = batch.advantages
+        if args.common_scale:
+            advantages = advantages * (batch.spread / (batch.spread**2).mean().sqrt())
+        gains = torch.min(ratio * advantages, clipped * advantages)
         pg_loss = pg_loss - (batch.weight * gains).sum() / (len(query.x) * len(batches))
     with torch.no_grad():
         approx_kl = (query.weight * (ratio - 1 - logratio)).sum() / len(query.x)
@@ -464,14 +472,14 @@ if __name__ == "__main__":
     # Start, or go on from the checkpoint. Every iteration begins new episodes, so that the environments need not be saved.
     global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
-    recent_returns = []
+    recent_returns, adapted_returns = [], []  # of the last episodes; of every iteration since the last look, its mean
     if checkpoint:
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        recent_returns = checkpoint["recent_returns"]
+        recent_returns, adapted_returns = checkpoint["recent_returns"], checkpoint["adapted_returns"]
         best_score, best_model = checkpoint["best_score"], checkpoint["best_model"]
         first_iteration, evals_since_best = checkpoint["iteration"] + 1, checkpoint["evals_since_best"]
         global_step, train_seconds = checkpoint["global_step"], checkpoint["train_seconds"]
@@ -554,6 +562,7 @@ if __name__ == "__main__":
         query = rollout(agent, params, query_envs, tasks, derived_seed(args.seed, iteration, args.inner_steps), args)
         global_step += batch_size
         recent_returns = (recent_returns + query.returns.flatten().tolist())[-100:]
+        adapted_returns.append(query.returns.mean().item())
 
         # Update
         statistics = torch.zeros(4, device=device)
@@ -590,11 +599,13 @@ if __name__ == "__main__":
         )
         progress.update(batch_size)
 
-        # Validation: choose the model here, never on the test split
-        if is_market and (iteration % args.eval_every == 0 or iteration == num_iterations):
-            growths, _ = earned("val", adapt_to("val")[-1])
-            score = float(growths.mean())
-            writer.add_scalar("eval/val_growth", score, global_step)
+        # Validation: choose the model here, never on the test split; of a test task by what it earned in training, as published
+        if iteration % args.eval_every == 0 or iteration == num_iterations:
+            score, adapted_returns = float(np.mean(adapted_returns)), []
+            if is_market:
+                growths, _ = earned("val", adapt_to("val")[-1])
+                score = float(growths.mean())
+                writer.add_scalar("eval/val_growth", score, global_step)
             evals_since_best += 1
             if score > best_score:
                 best_score, evals_since_best = score, 0
@@ -606,8 +617,8 @@ if __name__ == "__main__":
                 "global_step": global_step, "train_seconds": train_seconds,
                 "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-                "recent_returns": recent_returns, "best_score": best_score, "best_model": best_model,
-                "evals_since_best": evals_since_best,
+                "recent_returns": recent_returns, "adapted_returns": adapted_returns, "best_score": best_score,
+                "best_model": best_model, "evals_since_best": evals_since_best,
             })  # fmt: skip
         if stop_early:
             print(f"\nstopped early: no better validation score in {evals_since_best} evaluations")
@@ -619,13 +630,15 @@ if __name__ == "__main__":
     run |= {
         "status": "failed" if failure else "finished", "failure": failure, "env_steps": global_step,
         "train_seconds": train_seconds, "wall_clock": time.time() - started, "sps": global_step / max(train_seconds, 1e-9),
-        "last_100_returns": float(np.mean(recent_returns)) if recent_returns else None, "val_growth": best_score,
+        "last_100_returns": float(np.mean(recent_returns)) if recent_returns else None,
+        "val_growth": best_score if is_market else None,
+        "best_adapted_return": None if is_market else best_score,
     }  # fmt: skip
     if failure:
         ledger.write_json(run_dir / "run.json", run)
         sys.exit(f"{failure}; the last good checkpoint, if any, is in {run_dir}")
+    agent.load_state_dict(best_model)
     if is_market:
-        agent.load_state_dict(best_model)
         frames = {}
         for split in splits:
             stages, begins = adapt_to(split), parts[split][1].ranges[:, 0]
