@@ -191,12 +191,12 @@ def test_the_gate_knows_its_specialists_on_every_seed(tmp_path, seed):
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
-def test_one_update_finds_the_way_to_a_goal(tmp_path, seed):
-    """2D navigation with a sixth of the published training, on held-out goals; published after 0 and 1: -40.4 and -11.7."""
-    options = ["--env-id", "Navigation2D-v0", "--total-timesteps", "6400000", "--seed", str(seed)]
+def test_two_updates_find_the_way_to_a_goal(tmp_path, seed):
+    """2D navigation with less than half of its training, on held-out goals; published after 0, 1, 2: -40.4, -11.7 and -3.3."""
+    options = ["--env-id", "Navigation2D-v0", "--total-timesteps", "14400000", "--seed", str(seed)]
     report = train(MAML, tmp_path, *options)["adaptation"]
     found = [stage["mean"] for stage in report["stages"]]
-    assert found[0] >= -1.2 * 40.4 and found[1] >= -20.0 and max(found[2:]) > found[1], found
+    assert found[0] >= -1.2 * 40.4 and found[1] >= -16.0 and found[2] >= -8.0 and found[3] >= -8.0, found
     assert report["transfer_gain"]["low"] > 15 and report["completion"] == 1.0
 
 
