@@ -171,19 +171,28 @@ torch.save({"model": g["agent"].state_dict(), "actions": g["actions"]}, f"{folde
 """
 
 
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, Run]:
+    return {}
+
+
 @pytest.fixture
-def pair(script, tmp_path):
-    """A run of two processes, which leave rank0.pt and rank1.pt besides."""
-    (tmp_path / "spy.py").write_text(SPY)
-    options = [*script.short, "--total-timesteps", "4096", "--runs-dir", str(tmp_path / "two")]
-    done = torchrun(str(tmp_path / "spy.py"), str(tmp_path), str(script.path), *options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder,) = (tmp_path / "two").iterdir()  # the others keep nothing
-    return Run(folder, done)
+def pair(script, pairs, tmp_path_factory) -> Run:
+    """A run of two processes, which have left rank0.pt and rank1.pt beside its folder of runs; the same one in all tests."""
+    if script.name not in pairs:
+        home = tmp_path_factory.mktemp(script.name)
+        (home / "spy.py").write_text(SPY)
+        options = [*script.short, "--total-timesteps", "4096", "--runs-dir", str(home / "two")]
+        done = torchrun(str(home / "spy.py"), str(home), str(script.path), *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder,) = (home / "two").iterdir()  # the others keep nothing
+        pairs[script.name] = Run(folder, done)
+    return pairs[script.name]
 
 
-def test_two_processes_learn_one_policy_from_different_actions(pair, tmp_path):
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+def test_two_processes_learn_one_policy_from_different_actions(pair):
+    home = pair.folder.parents[1]
+    first, second = (torch.load(home / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert_same_content(first["model"], second["model"])
     assert (first["actions"] != second["actions"]).any() and len(pair.ledger)
 
