@@ -444,8 +444,9 @@ if __name__ == "__main__":
     lowest_score, highest_score = (torch.as_tensor(bound).to(device) for bound in (lowest, highest))
     obs_size = int(np.prod(train_envs.single_observation_space.shape))
     agent = Agent(obs_size, num_actions, args.log_std).to(device)
-    rate = torch.tensor(args.learning_rate, device=device) if args.cudagraphs else args.learning_rate
-    optimizer = torch.optim.Adam(agent.parameters(), lr=rate, eps=1e-5, fused=True, capturable=args.cudagraphs)
+    on_cuda = device.type == "cuda"  # captured or not: a rate in memory is rounded to float32
+    rate = torch.tensor(args.learning_rate, device=device) if on_cuda else args.learning_rate
+    optimizer = torch.optim.Adam(agent.parameters(), lr=rate, eps=1e-5, fused=True, capturable=on_cuda)
     if world_size > 1:
         torch.manual_seed(int(np.random.SeedSequence((args.seed, rank)).generate_state(1)[0]))  # now every process by itself
 
@@ -659,11 +660,8 @@ if __name__ == "__main__":
     for iteration in range(first_iteration, num_iterations + 1):
         tick = time.perf_counter()
         if args.anneal_lr:
-            rate = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
-            if args.cudagraphs:
-                optimizer.param_groups[0]["lr"].fill_(rate)
-            else:
-                optimizer.param_groups[0]["lr"] = rate
+            annealed = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+            optimizer.param_groups[0]["lr"] = rate.fill_(annealed) if on_cuda else annealed
 
         # Rollout
         if on_gpu:

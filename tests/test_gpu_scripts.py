@@ -44,6 +44,11 @@ def trained(script, runs: Path, *options, **environment) -> Run:
     return Run(folder, done)
 
 
+def on_any_device(script) -> list[str]:
+    """Its short run, on a GPU where there is one."""
+    return [option for option in script.short if option != "--no-cuda"]
+
+
 def test_markets_on_a_device_change_nothing(script, tmp_path):
     """The rollout that a GPU takes, on the simulator: the same weights, markets and last returns, and so the same ledger."""
     simulator = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
@@ -72,8 +77,7 @@ def test_without_a_gpu_its_flags_are_left_out_and_said(script, inside, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_cuda_device_is_said(script, tmp_path):
-    options = [option for option in script.short if option != "--no-cuda"]
-    run = trained(script, tmp_path, *options, "--total-timesteps", "1024", "--amp")
+    run = trained(script, tmp_path, *on_any_device(script), "--total-timesteps", "1024", "--amp")
     assert "device  cpu (no CUDA device)" in run.done.stdout and "--amp: no CUDA device; left out" in run.done.stdout
     assert run.json["device"] == "cpu"
 
@@ -101,7 +105,7 @@ def test_compiled_equals_eager(script, tmp_path):
 @pytest.mark.parametrize("options", (("--cudagraphs",), ("--compile", "--cudagraphs")))
 def test_captured_equals_eager_bit_for_bit(script, tmp_path, options):
     """Over many resets: episodes are shorter than a rollout."""
-    short = (*script.short, "--episode-length", "9", "--total-timesteps", "20480")
+    short = (*on_any_device(script), "--episode-length", "9", "--total-timesteps", "20480")
     plain = trained(script, tmp_path / "plain", *short, *(o for o in options if o != "--cudagraphs"))
     captured = trained(script, tmp_path / "captured", *short, *options)
     assert captured.json["args"]["cudagraphs"]
@@ -112,7 +116,9 @@ def test_captured_equals_eager_bit_for_bit(script, tmp_path, options):
 
 @with_gpu
 def test_bfloat16_learns_about_the_same(script, tmp_path):
-    plain, amp = (trained(script, tmp_path / name, *script.short, *options) for name, options in (("a", ()), ("b", ("--amp",))))
+    short = on_any_device(script)
+    plain, amp = trained(script, tmp_path / "plain", *short), trained(script, tmp_path / "amp", *short, "--amp")
+    assert amp.json["args"]["amp"]
     for name, values in plain.model["model"].items():
         torch.testing.assert_close(amp.model["model"][name], values, atol=0.05, rtol=0.1)
 
