@@ -21,8 +21,9 @@ import pandas as pd
 import torch
 import tyro
 from d3rlpy_peer import LAYERS, NO_IQL, forward, standardise
+from measuring import ROOT, compare, figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from throughput import PEERS, ROOT, compare, figure, machine
+from throughput import PEERS, machine
 
 from envs import ledger
 from envs.dataset import META, Dataset
