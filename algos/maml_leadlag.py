@@ -133,8 +133,6 @@ class Args:
     """discount factor; today's lookback moves little beyond tomorrow"""
     gae_lambda: float = 0.9
     """lambda of generalised advantage estimation"""
-    common_scale: bool = False
-    """scale advantages after adaptation by one standard deviation for all tasks: each counts by what is at stake in it"""
     update_epochs: int = 5
     """passes over each iteration's episodes; with a single one no ratio would ever be clipped"""
     clip_coef: float = 0.3
@@ -149,8 +147,8 @@ class Args:
     """stop after so many of them without a better score (0: never); the best model is kept in any case"""
 
 
-# What changes for --env-id: the published protocol of 2D navigation (100 units twice, 20 episodes of 100 steps and 40 in
-# evaluation, step size 0.1), but two updates in training and smaller further ones: standardised advantages do not shrink as
+# What changes for --env-id: the published protocol of 2D navigation (100 units twice, 20 episodes of 100 steps, step size 0.1),
+# but two updates in training, 40 episodes in evaluation, and smaller further steps: standardised advantages do not shrink as
 # the goal comes near, so that the published 0.05 overshoots.
 TEST_TASK = dict(
     total_timesteps=96_000_000, tasks_per_batch=40, num_steps=100, hidden=100, inner_steps=2, inner_lr=0.1, further_lr=0.03,
@@ -248,8 +246,7 @@ class Batch(NamedTuple):
     mask: torch.Tensor  # (K, M, A) bool
     actions: torch.Tensor  # (K, M), or scores (K, M, A)
     logprobs: torch.Tensor  # (K, M) when they were drawn
-    advantages: torch.Tensor  # (K, M) standardised for each task
-    spread: torch.Tensor  # (K, 1) their standard deviation before
+    advantages: torch.Tensor  # (K, M)
     weight: torch.Tensor  # (K, M) 1 / number of the task's steps that count; 0 after the end of an episode
     returns: torch.Tensor  # (K, E) sum of rewards
 
@@ -270,8 +267,7 @@ def linear_values(x, targets, counts):
 
 
 def estimate_advantages(x, rewards, counts, gamma, gae_lambda):
-    """(K, T, E) advantages, standardised over each task's steps that count, of normalised observations x (K, T, E, D); and
-    (K, 1) their standard deviations before.
+    """(K, T, E) advantages, standardised over each task's steps that count, of normalised observations x (K, T, E, D).
 
     An episode is all there is: after its end, or the end of the rollout, nothing is to be earned.
     """
@@ -289,8 +285,7 @@ def estimate_advantages(x, rewards, counts, gamma, gae_lambda):
     advantages = accumulate(rewards + gamma * following - values, gamma * gae_lambda)
     number = counts.sum(dim=(1, 2), keepdim=True)
     advantages = (advantages - (advantages * counts).sum(dim=(1, 2), keepdim=True) / number) * counts
-    spread = ((advantages**2).sum(dim=(1, 2), keepdim=True) / number).sqrt().clamp(min=1e-8)
-    return advantages / spread, spread.flatten(1)
+    return advantages / ((advantages**2).sum(dim=(1, 2), keepdim=True) / number).sqrt().clamp(min=1e-8)
 
 
 def rollout(agent, params, markets, tasks, seed, args, generator=None):
@@ -327,12 +322,12 @@ def rollout(agent, params, markets, tasks, seed, args, generator=None):
     rewards, counts = by_task(rewards * counts[:-1]), by_task(counts[:-1])
     with torch.no_grad():
         x = agent.norm(obs[:-1].to(device).flatten(0, 1)).view(steps, *shape, size).transpose(0, 1)
-        advantages, spread = estimate_advantages(x, rewards, counts, args.gamma, args.gae_lambda)
+        advantages = estimate_advantages(x, rewards, counts, args.gamma, args.gae_lambda)
         weight = counts / counts.sum(dim=(1, 2), keepdim=True)
         steps_of = [by_task(obs[:-1]), x, by_task(masks[:-1]), torch.stack(taken, dim=1), advantages, weight]
         obs, x, masks, actions, advantages, weight = (rows.flatten(1, 2) for rows in steps_of)
         logprobs = agent.log_prob(params, x, masks, actions)
-    return Batch(obs, x, masks, actions, logprobs, advantages, spread, weight, rewards.sum(dim=1))
+    return Batch(obs, x, masks, actions, logprobs, advantages, weight, rewards.sum(dim=1))
 
 
 def step_size(args, n):
@@ -371,10 +366,7 @@ def meta_loss(agent, batches, query, args):
     for batch, logratio in zip((*batches[1:], query), logratios[1:]):
         ratio = logratio.exp()
         clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        advantages = batch.advantages
-        if args.common_scale:
-            advantages = advantages * (batch.spread / (batch.spread**2).mean().sqrt())
-        gains = torch.min(ratio * advantages, clipped * advantages)
+        gains = torch.min(ratio * batch.advantages, clipped * batch.advantages)
         pg_loss = pg_loss - (batch.weight * gains).sum() / (len(query.x) * len(batches))
     with torch.no_grad():
         approx_kl = (query.weight * (ratio - 1 - logratio)).sum() / len(query.x)
@@ -603,7 +595,7 @@ if __name__ == "__main__":
         )
         progress.update(batch_size)
 
-        # Validation: choose the model here, never on the test split; of a test task by what it earned in training, as published
+        # Validation: choose the model here, never on the test split; of a test task by what it earned in training
         if iteration % args.eval_every == 0 or iteration == num_iterations:
             score, adapted_returns = float(np.mean(adapted_returns)), []
             if is_market:
@@ -663,10 +655,8 @@ if __name__ == "__main__":
             print(f"{s['turnover']:9.0f}x{s['cost']:8.1%}")
     else:
         tasks = HELD_OUT + np.arange(args.eval_tasks)  # held out
-        envs, scored = (
-            make_envs(dataclasses.replace(args, episodes_per_task=args.eval_episodes), None, None, args.eval_tasks),
-            [],
-        )
+        sizes = dataclasses.replace(args, episodes_per_task=args.eval_episodes)
+        envs, scored = make_envs(sizes, None, None, args.eval_tasks), []
         for params in adapt(envs, tasks):
             noise = torch.Generator(device).manual_seed(args.seed + 1)  # the same for every stage
             returns = rollout(agent, params, envs, tasks, derived_seed(args.seed, EVALUATION), args, noise).returns
