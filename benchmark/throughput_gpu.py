@@ -6,12 +6,12 @@ A measurement ends once the GPU is idle. Captured: recorded as a CUDA graph, and
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
 from measuring import compare, run_script, spread, tables, timed
+from numba import config
 
 from envs import ledger, references
 from envs.device import Gpu
@@ -23,6 +23,7 @@ from envs.trading import TradingVectorEnv
 from envs.trading_tables import TradingData
 
 NUM_ENVS, QUICK = (1024, 16_384, 65_536, 262_144, 1_048_576), (1024, 65_536)
+FILLED = 65_536  # markets that keep a large card busy; with fewer, starting its kernels is what takes the time
 NUM_STEPS = 32  # bars per market and rollout
 STEPS_IN_A_ROW = 8  # of the markets alone, between two looks at the clock
 MARKETS = {  # kind of data -> its vector env, and its market
@@ -67,15 +68,16 @@ def measured(step: Callable[[], object], steps: int, seconds: float) -> Callable
 
 def captured(step: Callable[[], object]) -> Callable[[], object] | str:
     """`step` as a CUDA graph; why there is none, in the simulator."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or config.ENABLE_CUDASIM:
         return "no graphs without a GPU"
+    finish()
     beside = torch.cuda.Stream()
     with torch.cuda.stream(beside):
         for _ in range(3):
             step()
     finish()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=beside):
         step()
     return graph.replay
 
@@ -89,18 +91,18 @@ def wanted(rows: list[dict], name: str, lowest: float):
 
 
 def make(args, kind, num_envs: int):
-    """An env on the device, reset, and a function that steps it once, with random actions."""
+    """An env on the device, reset, and a function that draws random actions and steps it once."""
     env_class, _, market = MARKETS[kind]
     env = env_class(num_envs, data=tables(kind, getattr(args, market)), device=args.device)
     obs, _ = env.reset(seed=0)
-    generator = torch.Generator(obs.device).manual_seed(0)
-    shape = (4, *env.action_space.shape)
-    if hasattr(env.single_action_space, "n"):
-        actions = torch.randint(env.single_action_space.n, shape, device=obs.device, generator=generator)
-    else:
-        actions = torch.randn(shape, device=obs.device, generator=generator).clamp_(-10.0, 10.0)
-    rows, out = cycle(actions), obs.clone()
-    return env, lambda: env.step(next(rows), out=out)
+    discrete, out = hasattr(env.single_action_space, "n"), obs.clone()
+    actions = torch.zeros(env.action_space.shape, dtype=torch.int64 if discrete else torch.float32, device=obs.device)
+
+    def step():
+        actions.random_(env.single_action_space.n) if discrete else actions.normal_().clamp_(-10.0, 10.0)
+        env.step(actions, out=out)
+
+    return env, step
 
 
 def contest(section: str, args, steppers: dict[str, tuple[Callable, bool]], steps: int) -> list[dict]:
@@ -195,7 +197,7 @@ def measure_rollout(args) -> list[dict]:
             action, _ = choose(obs, mask)
             mask.copy_(env.step(action, out=obs)[4]["action_mask"])
 
-        plain, compiled = partial(step, choose), partial(step, torch.compile(choose))
+        plain, compiled = partial(step, choose), partial(step, torch.compile(choose, dynamic=False))
         rows += contest("gpu-rollout", args, {
             f"{n} markets, eager": (plain, False),
             f"{n} markets, compiled": (compiled, False),
@@ -231,7 +233,8 @@ def measure_training(args) -> list[dict]:
         found = compare("gpu-training", contestants, max(1, args.repeats // 5))
         for row in found:
             row["warmup_seconds"] = waits[row["name"]]
-            wanted([row], row["name"], 10e6)
+            if n >= FILLED:
+                wanted([row], row["name"], 10e6)
         rows += found
     return rows
 

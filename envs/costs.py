@@ -43,7 +43,8 @@ TURNOVER, GROSS_EXPOSURE, NET_EXPOSURE, EQUITY = range(9, len(RECORD))
 # What the kernel sees of `Costs`: plain fractions and annual rates.
 RATES = np.dtype(
     [(name, np.float64) for name in ("commission", "spread", "slippage", "linear_impact", "quadratic_impact")]
-    + [(name, np.float64) for name in ("borrow", "financing", "cash")]
+    + [(name, np.float64) for name in ("borrow", "financing", "cash")],
+    align=True,  # or kernels on a GPU would load it byte by byte
 )
 
 

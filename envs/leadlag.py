@@ -186,14 +186,14 @@ def step_parallel(m, p, state, weights, actions, b):
         report_one(i, m, p, state, weights, b)
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def reset_cuda(m, parameters, state, weights, b):
     i = cuda.grid(1)
     if i < len(state):
         reset_one(i, m, parameters[0], state, weights, b.record, b.mask, b.obs)
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def step_cuda(m, parameters, state, weights, actions, b):
     i = cuda.grid(1)
     if i < len(state):

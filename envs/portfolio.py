@@ -285,14 +285,14 @@ def step_parallel(m, p, state, memory, actions, b):
         report_one(i, m, p, state, memory, b)
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def reset_cuda(m, parameters, state, memory, b):
     i = cuda.grid(1)
     if i < len(state):
         reset_one(i, m, parameters[0], state, memory, b.record, b.obs)
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def step_cuda(m, parameters, state, memory, actions, b):
     i = cuda.grid(1)
     if i < len(state):

@@ -382,14 +382,14 @@ def targets_serial(p, state, memory, mask, actions, out):
         out[i] = target_one(p, state[i], actions[i] if mask[i, actions[i]] else HOLD, w, w)[0]
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def reset_cuda(m, parameters, state, memory, b):
     i = cuda.grid(1)
     if i < len(state):
         reset_one(i, m, parameters[0], state, memory, b.mask, b.obs)
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def step_cuda(m, parameters, state, memory, actions, b):
     i = cuda.grid(1)
     if i < len(state):
@@ -397,7 +397,7 @@ def step_cuda(m, parameters, state, memory, actions, b):
         report_one(i, m, parameters[0], state, memory, b)
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def targets_cuda(parameters, state, memory, mask, actions, out):
     i = cuda.grid(1)
     if i < len(state):

@@ -478,7 +478,7 @@ class Run:
 
     @property
     def model(self):
-        return torch.load(self.folder / "model.pt", weights_only=True)
+        return torch.load(self.folder / "model.pt", map_location="cpu", weights_only=True)
 
     @property
     def ledger(self):

@@ -76,6 +76,7 @@ def test_device_section_under_the_simulator(tmp_path):
 def test_training_and_time_to_capture_are_read_off_runs(monkeypatch):
     """The sections that start scripts, on the CPU."""
     monkeypatch.setattr(throughput_gpu, "MODES", {"eager": ("--no-cuda",)})
+    monkeypatch.setattr(throughput_gpu, "FILLED", 64)
     args = throughput.Args(repeats=1, num_envs=(64,), market=TINY)
     (row,) = throughput_gpu.measure_training(args)
     assert row["value"] > 0 and row["warmup_seconds"][0] > 0 and row["target"] == ">= 10,000,000 steps/s" and not row["met"]
