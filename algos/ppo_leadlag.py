@@ -196,7 +196,8 @@ class Captured:
     """A function without arguments, whose work on the GPU is recorded as a CUDA graph, and replayed from its fourth call on.
 
     Its first two calls are ordinary ones, on a stream beside torch's current one: they compile, and allocate what stays. The
-    third one records there, and replays. So it must do the same work on the same memory each time; what it returns is that memory.
+    third one records there, and replays. So it must do the same work on the same memory each time; what it returns is that
+    memory.
     """
 
     def __init__(self, function):
@@ -596,7 +597,8 @@ if __name__ == "__main__":
 
     if args.compile:
         torch._inductor.config.fallback_random = True  # the random numbers of eager mode
-        choose, value_of, accumulate, objective = (torch.compile(f, dynamic=False) for f in (choose, value_of, accumulate, objective))
+        functions = choose, value_of, accumulate, objective
+        choose, value_of, accumulate, objective = (torch.compile(function, dynamic=False) for function in functions)
 
     # The three parts of an iteration, on the storage above: --cudagraphs records each of them
     def rollout():

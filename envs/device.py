@@ -20,7 +20,7 @@ with contextlib.suppress(ImportError):  # numba-cuda has settings of its own; an
 
     numba.cuda.core.config.CACHE_DIR = config.CACHE_DIR  # see envs/__init__.py
 
-THREADS = 128  # of a block: registers, not threads, limit how many markets a multiprocessor holds
+THREADS = 8 if config.ENABLE_CUDASIM else 128  # of a block: registers, not threads, limit how many fit; simulated ones are slow
 DTYPES = {"int64": torch.int64, "uint64": torch.int64, "float64": torch.float64, "float32": torch.float32, "bool": torch.bool}
 
 

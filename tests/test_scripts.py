@@ -164,7 +164,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(script, base, in
 
 
 def test_the_same_seed_gives_the_same_bits_on_two_threads(script, inside):
-    options = [*script.short, "--total-timesteps", "5120"]
+    options = [*script.short, "--total-timesteps", "2048"]
     first, second = (Run(inside(*options, num_threads=2)["run_dir"]) for _ in range(2))
     assert first.json["args"]["num_threads"] == 2 and first.folder != second.folder
     assert_same_run(first, second)
