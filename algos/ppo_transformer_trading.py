@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import numba
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -27,6 +29,7 @@ from tqdm import tqdm
 import envs  # noqa: F401  (registers Trading-v0)
 from envs import dataset, dataset_writer, ledger, trades, trading_references
 from envs.costs import RUIN
+from envs.device import unavailable
 from envs.features import log_returns
 from envs.synthetic import load_market
 from envs.task import provenance
@@ -47,7 +50,15 @@ class Args:
     torch_deterministic: bool = True
     """use deterministic algorithms, so that the same seed on the same machine gives the same bits"""
     cuda: bool = True
-    """run the networks on a GPU where there is one"""
+    """run networks and markets on a GPU where there is one; under torchrun on one GPU for each process"""
+    market_device: str = "auto"
+    """where the markets run: auto (with the networks), cpu or cuda"""
+    compile: bool = False
+    """compile what is computed of rollout, advantages and update with torch.compile"""
+    cudagraphs: bool = False
+    """with everything on a GPU: record rollout, advantages and update once, and replay them without the host"""
+    amp: bool = False
+    """on a GPU: networks in bfloat16, where autocast finds it safe"""
     num_threads: int = 0
     """CPU threads of torch and of the market kernels (0: all cores this process may use)"""
     track: bool = False
@@ -167,6 +178,56 @@ CLASSIC_CONTROL = dict(
 )  # fmt: skip
 
 
+def processes():
+    """Of this run: 1, or as many as torchrun has started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average(x):
+    """The mean of a tensor over all processes, in its place."""
+    if processes() > 1:
+        dist.all_reduce(x)
+        x /= processes()
+    return x
+
+
+def gathered(x):
+    """The rows of a tensor of all processes, one below the other."""
+    if processes() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    if x.numel():
+        dist.all_gather([part.view(torch.uint8) for part in parts], x.contiguous().view(torch.uint8))
+    return torch.cat(parts)
+
+
+class Captured:
+    """A function without arguments, whose work on the GPU is recorded as a CUDA graph, and replayed from its fourth call on.
+
+    Its first two calls are ordinary ones, beside torch's current stream: they compile, and allocate what stays. The third
+    one records and replays. So it must do the same work on the same memory each time; what it returns is that memory.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph, self.result = function, 0, None, None
+
+    def __call__(self):
+        if self.graph is None and self.calls < 2:
+            self.calls += 1
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                self.result = self.function()
+            torch.cuda.current_stream().wait_stream(beside)
+            return self.result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
 class RunningNorm(nn.Module):
     """Standardises observations by the mean and variance of all seen so far; part of the model, saved with it."""
 
@@ -177,15 +238,17 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, x):
-        delta, var = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        for part in x.split(1024):  # parts that stay in the cache
+        moments = torch.zeros((2, len(self.mean)), dtype=torch.float64, device=x.device)
+        for part in x.split(1024 if x.device.type == "cpu" else 2**20):  # parts that stay in the cache, or fit beside it
             centred = part - self.mean.float()
-            delta += centred.sum(dim=0, dtype=torch.float64) / len(x)
-            var += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
-        var.sub_(delta**2).clamp_(min=0.0)
-        total = self.count + len(x)
-        self.var.copy_((self.var * self.count + var * len(x) + delta**2 * self.count * len(x) / total) / total)
-        self.mean.add_(delta * len(x) / total)
+            moments[0] += centred.sum(dim=0, dtype=torch.float64) / len(x)
+            moments[1] += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
+        delta, var = average(moments)
+        number = len(x) * processes()
+        var = var.sub(delta**2).clamp_(min=0.0)
+        total = self.count + number
+        self.var.copy_((self.var * self.count + var * number + delta**2 * self.count * number / total) / total)
+        self.mean.add_(delta * number / total)
         self.count.copy_(total)
 
     def forward(self, x):
@@ -303,13 +366,13 @@ def draw(p):
     return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)  # cumsum is not deterministic there
 
 
-def make_envs(args, splits, env_options):
+def make_envs(args, splits, env_options, device="cpu"):
     """Training environments: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
     if args.env_id != MARKET_ENV:
         return gym.make_vec(
             args.env_id, args.num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
         )
-    return gym.make_vec(MARKET_ENV, args.num_envs, split=splits["train"], **env_options)
+    return gym.make_vec(MARKET_ENV, args.num_envs, split=splits["train"], device=device, **env_options)
 
 
 def latency(agent, obs_size, num_actions, device):
@@ -356,7 +419,7 @@ if __name__ == "__main__":
         run_dir = Path(args.resume)
         if not (run_dir / "model.pt").is_file():
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
-        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        checkpoint = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
         saved = checkpoint["args"]
         args = Args(**{**saved, "trading": TradingConfig(**saved["trading"]), "resume": args.resume})
     for flag in (
@@ -380,9 +443,13 @@ if __name__ == "__main__":
     if args.reward_scale is None and not is_market:
         sys.exit("--reward-scale None: expected a number with --env-id of Gymnasium")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
-    batch_size = args.num_envs * args.num_steps
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # under torchrun
+    if args.num_envs % world_size:
+        sys.exit(f"--num-envs {args.num_envs}: expected a multiple of the {world_size} processes")
+    num_envs = args.num_envs // world_size
+    batch_size = num_envs * args.num_steps  # of this process
     minibatch_size = batch_size // args.num_minibatches
-    num_iterations = max(1, args.total_timesteps // batch_size)
+    num_iterations = max(1, args.total_timesteps // (batch_size * world_size))
     if args.num_minibatches > batch_size:
         sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {batch_size}, the steps of a rollout")
 
@@ -392,7 +459,33 @@ if __name__ == "__main__":
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     numba.get_num_threads()  # starts Numba's, which changes the number of torch's: so before the next line
     torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() and args.cuda else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_flash_sdp(False)  # takes no more than 65,535 windows at once, unlike --amp's other kernels
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    missing = None if device.type == "cuda" else "no CUDA device" if args.cuda else "--no-cuda"
+    print(f"device  {device}{f' ({missing})' if missing else ''}{f', {world_size} processes' if world_size > 1 else ''}")
+    for flag in ("amp", "cudagraphs"):
+        if missing and getattr(args, flag):
+            print(f"--{flag}: {missing}; left out")
+            setattr(args, flag, False)
+    if args.market_device not in ("auto", "cpu", "cuda"):
+        sys.exit(f"--market-device {args.market_device}: expected auto, cpu or cuda")
+    market_device = args.market_device if is_market else "cpu"
+    if market_device == "auto":
+        reason = None if missing else unavailable(str(device))
+        if reason:
+            print(f"markets on the CPU: {reason}")
+        market_device = "cpu" if missing or reason else str(device)
+    on_gpu = market_device != "cpu"
+    if args.cudagraphs and not on_gpu:
+        sys.exit("--cudagraphs: expected markets on the GPU (Trading-v0 and --market-device auto or cuda)")
+    if rank > 0:  # this process does all that the first one does, so that it decides alike, but keeps nothing of it
+        scratch = tempfile.TemporaryDirectory()
+        args.runs_dir, args.track, args.log_dataset = scratch.name, False, None
+        sys.stdout = open(os.devnull, "w")
 
     # Market: panel, splits, tables; what is wrong with them is said in one line
     data, splits, env_options = None, None, {}
@@ -417,10 +510,10 @@ if __name__ == "__main__":
             print(f"shard   {args.shard}: {len(traded)} of the symbols are traded")
             print(f"costs   {data.costs.describe()}")
             env_options = dict(
-                data=data, episode_length=args.episode_length, num_threads=args.num_threads,
+                data=data, episode_length=args.episode_length, num_threads=args.num_threads, first_market=rank * num_envs,
                 reward_weights={name: getattr(args, f"reward_{name}") for name in REWARDS},
             )  # fmt: skip
-        train_envs = make_envs(args, splits, env_options)
+        train_envs = make_envs(dataclasses.replace(args, num_envs=num_envs), splits, env_options, market_device)
         if not isinstance(train_envs.single_action_space, gym.spaces.Discrete):
             raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected discrete actions")
         if args.log_dataset:  # refuse actions that no dataset can hold
@@ -434,52 +527,71 @@ if __name__ == "__main__":
     reward_scale = args.reward_scale
     if reward_scale is None:  # so that the critic has the same share of the gradient on every market
         rows = np.concatenate([np.arange(*bounds) for bounds in splits["train"].ranges])
-        reward_scale = 1.0 / max(log_returns(panel)[rows][panel.present[rows]].std(), 1e-8)
+        reward_scale = 1.0 / max(float(log_returns(panel)[rows][panel.present[rows]].std()), 1e-8)
     agent = Agent(obs_size, num_actions, window, bars, args.layers, args.width, args.heads).to(device)
     num_parameters = sum(p.numel() for p in agent.parameters())
-    print(f"network {num_parameters} parameters, {bars} bars a window, on {device.type}")
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    print(f"network {num_parameters} parameters, {bars} bars a window")
+    on_cuda = device.type == "cuda"  # captured or not: a rate in memory is rounded to float32
+    rate = torch.tensor(args.learning_rate, device=device) if on_cuda else args.learning_rate
+    optimizer = torch.optim.Adam(agent.parameters(), lr=rate, eps=1e-5, fused=True, capturable=on_cuda)
+    if world_size > 1:
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, rank)).generate_state(1)[0]))  # now every process by itself
 
-    # Storage on the host: the market kernels write observations and masks straight into it
-    obs = torch.zeros((args.num_steps + 1, args.num_envs, obs_size))
-    masks = torch.ones((args.num_steps + 1, args.num_envs, num_actions), dtype=torch.bool)
-    rewards = torch.zeros((args.num_steps, args.num_envs))
+    # Storage where the markets are: their kernels write observations and masks straight into it
+    place = device if on_gpu else "cpu"
+    obs = torch.zeros((args.num_steps + 1, num_envs, obs_size), device=place)
+    masks = torch.ones((args.num_steps + 1, num_envs, num_actions), dtype=torch.bool, device=place)
+    rewards = torch.zeros((args.num_steps, num_envs), device=place)
     terminated, done = torch.zeros_like(rewards, dtype=torch.bool), torch.zeros_like(rewards, dtype=torch.bool)
-    x = torch.zeros((args.num_steps + 1, args.num_envs, obs_size), device=device)  # normalised observations
-    features = torch.zeros((args.num_steps + 1, args.num_envs, agent.actor[0].in_features), device=device)
-    actions = torch.zeros((args.num_steps, args.num_envs), dtype=torch.int64, device=device)
-    logprobs = torch.zeros((args.num_steps, args.num_envs), device=device)
-    advantages = torch.zeros_like(logprobs)
+    x = torch.zeros((args.num_steps + 1, num_envs, obs_size), device=device)  # normalised observations
+    features = torch.zeros((args.num_steps + 1, num_envs, agent.actor[0].in_features), device=device)
+    actions = torch.zeros((args.num_steps, num_envs), dtype=torch.int64, device=device)
+    logprobs, values = torch.zeros((args.num_steps, num_envs), device=device), torch.zeros(x.shape[:2], device=device)
+    final_values = torch.zeros_like(logprobs)  # of the last observation of an episode that ended at this step
+    advantages, returns = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
     mb_x = torch.zeros((minibatch_size, obs_size), device=device)
+    index = torch.zeros(minibatch_size, dtype=torch.int64, device=device)  # of the minibatch, in the rollout
 
     # Start, or go on from the checkpoint
     global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
-    episode_return, recent_returns = np.zeros(args.num_envs), []
-    first_obs, infos = train_envs.reset(seed=args.seed)
-    obs[0] = torch.as_tensor(first_obs.reshape(args.num_envs, -1))
+    episode_return, recent_returns = np.zeros(num_envs), []
+    ended_return = torch.zeros_like(rewards, dtype=torch.float64)  # on a GPU: that of an episode at the step that it ended at
+    if on_gpu:
+        episode_return = torch.zeros(num_envs, device=device, dtype=torch.float64)
+    first_obs, infos = train_envs.reset(seed=args.seed + rank * num_envs)
+    obs[0] = torch.as_tensor(first_obs.reshape(num_envs, -1))
     if "action_mask" in infos:
         masks[0] = torch.as_tensor(infos["action_mask"])
     if checkpoint:
         if not is_market:
             sys.exit(f"--resume {args.resume}: {args.env_id} cannot save its state; expected a run of {MARKET_ENV}")
+        if (number := checkpoint.get("processes", 1)) != world_size:
+            sys.exit(f"--resume {args.resume}: a run of {number} processes; expected as many, not {world_size}")
+
+        def own(rows):
+            return rows.chunk(world_size)[rank].clone()
+
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
+        optimizer.param_groups[0]["lr"] = rate  # in the form that this run needs
+        torch.set_rng_state(own(checkpoint["rng"]))
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        train_envs.unwrapped.set_state({k: v.numpy() for k, v in checkpoint["envs"].items()})
-        obs[0], masks[0] = checkpoint["obs"], checkpoint["mask"]
-        episode_return, recent_returns = checkpoint["episode_return"].numpy(), checkpoint["recent_returns"]
+            torch.cuda.set_rng_state(own(checkpoint["cuda_rng"]))
+        train_envs.unwrapped.set_state({k: own(v).numpy() for k, v in checkpoint["envs"].items()})
+        obs[0], masks[0] = own(checkpoint["obs"]), own(checkpoint["mask"])
+        episode_return[:] = own(checkpoint["episode_return"]).to(place) if on_gpu else own(checkpoint["episode_return"]).numpy()
+        recent_returns = checkpoint["recent_returns"]
         best_score, best_model = checkpoint["best_score"], checkpoint["best_model"]
         first_iteration, evals_since_best = checkpoint["iteration"] + 1, checkpoint["evals_since_best"]
         global_step, train_seconds = checkpoint["global_step"], checkpoint["train_seconds"]
         print(f"resume  {run_dir} after iteration {checkpoint['iteration']}")
+        run_dir = run_dir if rank == 0 else Path(args.runs_dir)
     else:
         run_dir = ledger.new_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)
     run = {
         "status": "running", "env_id": args.env_id, "args": dataclasses.asdict(args),
-        **ledger.provenance(__file__, str(device)), "trials": 1, "parameters": num_parameters,
+        **ledger.provenance(__file__, str(device)), "trials": 1, "processes": world_size, "parameters": num_parameters,
     }  # fmt: skip
     if is_market:
         run |= {"panel": ledger.describe_panel(panel, splits), "market": data.describe()}
@@ -539,113 +651,178 @@ if __name__ == "__main__":
         episodes = make_envs(dataclasses.replace(args, num_envs=min(64, args.log_episodes)), splits, env_options)
         dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed)
 
+    # What is computed, as functions of tensors: --compile compiles each of them
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+
+    def encode(observation):
+        """Normalised observations (n, D), and what actor and critic see of them."""
+        with torch.no_grad(), autocast():
+            normalised = agent.norm(observation)
+            return normalised, agent.encode(normalised)
+
+    def choose(encoded, mask):
+        """Actions (n,) drawn from the policy, and their log-probabilities."""
+        with torch.no_grad(), autocast():
+            log_probs = agent.log_probs(encoded, mask)
+            action = draw(log_probs.exp())
+            return action, log_probs.gather(1, action[:, None]).squeeze(1)
+
+    def value_of(encoded):
+        with torch.no_grad(), autocast():
+            return agent.value(encoded).float()
+
+    def accumulate(values, final_values, rewards, terminated, done):
+        """Advantages (T, n). A finished episode is followed by its own last observation, never by the first of the next one:
+        V(final_obs) is bootstrapped where the window was cut (truncation), not where the account was ruined."""
+        deltas = reward_scale * rewards - values[:-1]
+        deltas += args.gamma * torch.where(done, final_values, values[1:]) * ~terminated
+        carry = args.gamma * args.gae_lambda * ~done
+        running, found = torch.zeros(num_envs, device=device), []
+        for step in reversed(range(args.num_steps)):
+            running = deltas[step] + carry[step] * running
+            found.append(running)
+        return torch.stack(found[::-1])
+
+    def objective(x, mask, action, old_logprob, advantage, old_value, target):
+        """The loss of a minibatch, its parts that are watched (5,), and ratio, entropy and new values."""
+        with autocast():
+            encoded = agent.encode(x)
+            all_logprobs = agent.log_probs(encoded, mask)
+            new_value = agent.value(encoded).float()
+        new_logprob = all_logprobs.gather(1, action[:, None]).squeeze(1)
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(1).mean()  # masked actions have probability 0
+        logratio = new_logprob - old_logprob
+        ratio = logratio.exp()
+        if args.norm_adv:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        pg_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
+
+        v_loss = (new_value - target) ** 2
+        if args.clip_vloss:
+            v_clipped = old_value + (new_value - old_value).clamp(-args.clip_coef, args.clip_coef)
+            v_loss = torch.max(v_loss, (v_clipped - target) ** 2)
+        v_loss = 0.5 * v_loss.mean()
+
+        loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+        with torch.no_grad():
+            approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
+            clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            watched = torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction])
+        return loss, watched, ratio, entropy, new_value
+
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the random numbers of eager mode
+        encode, choose, value_of, accumulate, objective = map(torch.compile, (encode, choose, value_of, accumulate, objective))
+
+    # The three parts of an iteration, on the storage above: --cudagraphs records each of them
+    def rollout():
+        """Every market's next --num-steps bars, all of it on the GPU."""
+        for step in range(args.num_steps):
+            x[step], features[step] = encode(obs[step])
+            actions[step], logprobs[step] = choose(features[step], masks[step])
+            _, reward, term, trunc, infos = train_envs.unwrapped.step(actions[step], out=obs[step + 1])
+            masks[step + 1], rewards[step], terminated[step] = infos["action_mask"], reward, term
+            torch.logical_or(term, trunc, out=done[step])
+            final_values[step] = value_of(encode(infos["final_obs"])[1])
+            episode_return.add_(reward)
+            ended_return[step] = episode_return
+            episode_return.mul_(~done[step])
+
+    def estimate_advantages():
+        x[-1], features[-1] = encode(obs[-1].to(device))
+        values.copy_(value_of(features.flatten(0, 1)).view(values.shape))
+        advantages.copy_(accumulate(values, final_values, rewards.to(device), terminated.to(device), done.to(device)))
+        torch.add(advantages, values[:-1], out=returns)
+
+    def update():
+        """A step of the optimiser on the rows `index` of the rollout; what `objective` returns."""
+        torch.index_select(x[:-1].flatten(0, 1), 0, index, out=mb_x)
+        batch = (rows.flatten()[index] for rows in (actions, logprobs, advantages, values[:-1], returns))
+        found = objective(mb_x, b_masks[index], *batch)
+        optimizer.zero_grad()
+        found[0].backward()
+        if world_size > 1:
+            gradients = [p.grad for p in agent.parameters()]
+            together = average(torch.cat([g.flatten() for g in gradients]))
+            for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients])):
+                gradient.copy_(mean.view_as(gradient))
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+        optimizer.step()
+        return tuple(part.detach() for part in found)
+
+    def normalise():
+        agent.norm.update(obs[:-1].flatten(0, 1).to(device))
+
+    if args.cudagraphs:
+        rollout, estimate_advantages, update, normalise = map(Captured, (rollout, estimate_advantages, update, normalise))
+
     log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None
-    progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
+    steps = batch_size * world_size
+    progress = tqdm(
+        total=num_iterations * steps, initial=global_step, unit="step", unit_scale=True, mininterval=0.5, disable=rank > 0
+    )
     for iteration in range(first_iteration, num_iterations + 1):
         tick = time.perf_counter()
         if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+            annealed = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+            optimizer.param_groups[0]["lr"] = rate.fill_(annealed) if on_cuda else annealed
 
         # Rollout
-        finals, finished_returns = [], []
-        for step in range(args.num_steps):
-            with torch.no_grad():
-                x[step] = agent.norm(obs[step].to(device))
-                features[step] = agent.encode(x[step])
-                log_probs = agent.log_probs(features[step], masks[step].to(device))
-                action = draw(log_probs.exp())
-                logprobs[step] = log_probs.gather(1, action[:, None]).squeeze(1)
+        if on_gpu:
+            rollout()
+            finished_returns = ended_return[done][-100:].tolist()
+        else:
+            finals, finished_returns = [], []
+            for step in range(args.num_steps):
+                x[step], features[step] = encode(obs[step].to(device))
+                action, logprobs[step] = choose(features[step], masks[step].to(device))
                 actions[step] = action
-            if is_market:
-                _, reward, term, trunc, infos = train_envs.step(action.cpu().numpy(), out=obs[step + 1].numpy())
-                masks[step + 1] = torch.from_numpy(infos["action_mask"])
-            else:
-                next_obs, reward, term, trunc, infos = train_envs.step(action.cpu().numpy())
-                obs[step + 1] = torch.as_tensor(next_obs.reshape(args.num_envs, -1))
-            rewards[step] = torch.as_tensor(reward)
-            terminated[step] = torch.as_tensor(term)
-            over = term | trunc
-            done[step] = torch.as_tensor(over)
-            episode_return += reward
-            if over.any():
-                ended = np.flatnonzero(over)
-                finals.append((step, ended, np.stack(infos["final_obs"][ended]).reshape(len(ended), -1)))
-                finished_returns.extend(episode_return[ended].tolist())
-                episode_return[ended] = 0.0
-        global_step += batch_size
-        recent_returns = (recent_returns + finished_returns)[-100:]
-
-        # Advantages. A finished episode is followed by its own last observation, never by the first of the next one:
-        # V(final_obs) is bootstrapped where the window was cut (truncation), not where the account was ruined.
-        with torch.no_grad():
-            x[-1] = agent.norm(obs[-1].to(device))
-            features[-1] = agent.encode(x[-1])
-            values = agent.value(features.flatten(0, 1)).view(args.num_steps + 1, args.num_envs)
-            next_values = values[1:].clone()
+                if is_market:
+                    _, reward, term, trunc, infos = train_envs.step(action.cpu().numpy(), out=obs[step + 1].numpy())
+                    masks[step + 1] = torch.from_numpy(infos["action_mask"])
+                else:
+                    next_obs, reward, term, trunc, infos = train_envs.step(action.cpu().numpy())
+                    obs[step + 1] = torch.as_tensor(next_obs.reshape(num_envs, -1))
+                rewards[step] = torch.as_tensor(reward)
+                terminated[step] = torch.as_tensor(term)
+                over = term | trunc
+                done[step] = torch.as_tensor(over)
+                episode_return += reward
+                if over.any():
+                    ended = np.flatnonzero(over)
+                    finals.append((step, ended, np.stack(infos["final_obs"][ended]).reshape(len(ended), -1)))
+                    finished_returns.extend(episode_return[ended].tolist())
+                    episode_return[ended] = 0.0
             if finals:
                 final_obs = torch.as_tensor(np.concatenate([f for _, _, f in finals]), dtype=torch.float32)
                 at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _ in finals]))
                 at_env = torch.as_tensor(np.concatenate([i for _, i, _ in finals]))
-                next_values[at_step, at_env] = agent.value(agent.encode(agent.norm(final_obs.to(device))))
-            deltas = reward_scale * rewards.to(device) - values[:-1]
-            deltas += args.gamma * next_values * ~terminated.to(device)
-            carry = args.gamma * args.gae_lambda * ~done.to(device)
-            running = torch.zeros(args.num_envs, device=device)
-            for step in reversed(range(args.num_steps)):
-                running = deltas[step] + carry[step] * running
-                advantages[step] = running
-            returns = advantages + values[:-1]
+                final_values[at_step, at_env] = value_of(encode(final_obs.to(device))[1])
+        global_step += steps
+        recent_returns = (recent_returns + finished_returns)[-100:]
 
-        # Update
-        b_x, b_masks = x[:-1].flatten(0, 1), masks[:-1].flatten(0, 1).to(device)
-        b_actions, b_logprobs = actions.flatten(), logprobs.flatten()
-        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values[:-1].flatten()
-        statistics, updates = torch.zeros(5, device=device), 0
-        stop_update = False
+        # Advantages and update
+        estimate_advantages()
+        b_masks = masks[:-1].flatten(0, 1).to(device)
+        statistics, updates, stop_update = torch.zeros(5, device=device), 0, False
         for _ in range(args.update_epochs):
-            order = torch.randperm(batch_size).to(device)
+            order = torch.randperm(batch_size, device=device)
             for start in range(0, minibatch_size * args.num_minibatches, minibatch_size):
-                index = order[start : start + minibatch_size]
-                torch.index_select(b_x, 0, index, out=mb_x)
-                mb_features = agent.encode(mb_x)
-                all_logprobs = agent.log_probs(mb_features, b_masks[index])
-                new_logprob = all_logprobs.gather(1, b_actions[index][:, None]).squeeze(1)
-                entropy = -(all_logprobs.exp() * all_logprobs).sum(1).mean()  # masked actions have probability 0
-                logratio = new_logprob - b_logprobs[index]
-                ratio = logratio.exp()
-
-                mb_advantages = b_advantages[index]
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped).mean()
-
-                new_value, old_value, target = agent.value(mb_features), b_values[index], b_returns[index]
-                v_loss = (new_value - target) ** 2
-                if args.clip_vloss:
-                    v_clipped = old_value + (new_value - old_value).clamp(-args.clip_coef, args.clip_coef)
-                    v_loss = torch.max(v_loss, (v_clipped - target) ** 2)
-                v_loss = 0.5 * v_loss.mean()
-
-                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
-                optimizer.step()
-                with torch.no_grad():
-                    approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
-                    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    statistics += torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction])
-                    updates += 1
-                if args.target_kl is not None and approx_kl.item() > args.target_kl:
+                index.copy_(order[start : start + minibatch_size])
+                loss, watched, ratio, entropy, new_value = update()
+                statistics += watched
+                updates += 1
+                if args.target_kl is not None and average(watched[3].clone()).item() > args.target_kl:
                     stop_update = True
                     break
             if stop_update:
                 break
-        agent.norm.update(obs[:-1].flatten(0, 1).to(device))  # after the update: the first ratio is exactly 1
+        normalise()  # after the update: the first ratio is exactly 1
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-        losses = dict(zip(names, (statistics / updates).tolist()))
+        losses = dict(zip(names, (average(statistics) / updates).tolist()))
         train_seconds += time.perf_counter() - tick
 
         # Fail-safe: stop cleanly, and say where
@@ -657,8 +834,8 @@ if __name__ == "__main__":
 
         # Logging
         sps = int(global_step / train_seconds)
-        explained = 1 - (b_returns - b_values).var() / b_returns.var()
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        explained = 1 - (returns - values[:-1]).var() / returns.var()
+        writer.add_scalar("charts/learning_rate", float(optimizer.param_groups[0]["lr"]), global_step)
         writer.add_scalar("charts/SPS", sps, global_step)
         writer.add_scalar("losses/explained_variance", explained.item(), global_step)
         for name, value in losses.items():
@@ -667,7 +844,7 @@ if __name__ == "__main__":
             writer.add_scalar("charts/episodic_return", np.mean(finished_returns), global_step)
         latest = f"{np.mean(recent_returns):.4g}" if recent_returns else "-"
         progress.set_postfix_str(f"{sps} steps/s, return {latest}", refresh=False)
-        progress.update(batch_size)
+        progress.update(steps)
 
         # Validation: choose the model here, never on the test split
         if is_market and (iteration % args.eval_every == 0 or iteration == num_iterations):
@@ -683,13 +860,15 @@ if __name__ == "__main__":
         if iteration in log_after or (stop_early and num_iterations in log_after):
             log_dataset(iteration)
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
+            envs_state = train_envs.unwrapped.get_state() if is_market else {}
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "iteration": num_iterations if stop_early else iteration,
-                "global_step": global_step, "train_seconds": train_seconds,
-                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-                "envs": {k: torch.as_tensor(v) for k, v in train_envs.unwrapped.get_state().items()} if is_market else None,
-                "obs": obs[-1], "mask": masks[-1], "episode_return": torch.as_tensor(episode_return),
+                "global_step": global_step, "train_seconds": train_seconds, "processes": world_size,
+                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": gathered(torch.get_rng_state()),
+                "cuda_rng": gathered(torch.cuda.get_rng_state()) if device.type == "cuda" else None,
+                "envs": {k: gathered(torch.as_tensor(v)) for k, v in envs_state.items()} if is_market else None,
+                "obs": gathered(obs[-1]), "mask": gathered(masks[-1]),
+                "episode_return": gathered(torch.as_tensor(episode_return)),
                 "recent_returns": recent_returns, "best_score": best_score, "best_model": best_model,
                 "evals_since_best": evals_since_best,
             })  # fmt: skip
@@ -749,3 +928,5 @@ if __name__ == "__main__":
     print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")
     if args.track:
         wandb.finish()
+    if world_size > 1:
+        dist.destroy_process_group()
