@@ -462,7 +462,7 @@ if __name__ == "__main__":
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() and args.cuda else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_flash_sdp(False)  # takes no more than 65,535 windows at once, unlike --amp's other kernels
+        torch.backends.cuda.enable_flash_sdp(False)  # takes 65,535 windows at most, efficient attention any number
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     missing = None if device.type == "cuda" else "no CUDA device" if args.cuda else "--no-cuda"

@@ -19,13 +19,16 @@ from scripts import SCRIPTS, Run, assert_same_content, assert_same_ledger
 
 pytest_plugins = ["scripts"]
 
-NAMES = ("ppo_leadlag", "ppo_portfolio")
+NAMES = ("ppo_leadlag", "ppo_portfolio", "ppo_transformer_trading")
 SMALLEST = {  # without compiled kernels
     "ppo_leadlag": (
         "--market", "synthetic:leadlag:bars=300:train=1:val=1:test=1:assets=4:leaders=2:followers=2",
         "--num-lookbacks", "3", "--max-lookback", "20",
     ),
     "ppo_portfolio": ("--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2"),
+    "ppo_transformer_trading": (
+        "--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2", "--window", "3", "--width", "8",
+    ),
 }  # fmt: skip
 FEW = ("--num-envs", "4", "--num-steps", "8", "--episode-length", "9", "--total-timesteps", "128", "--num-minibatches", "2")
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -220,6 +223,15 @@ def test_two_processes_share_the_markets_and_go_on_where_they_were(script, pair,
     again = torchrun(str(script.path), "--resume", str(copy))
     assert again.returncode == 0, again.stderr[-3000:]
     assert_same_ledger(Run(copy).ledger, pair.ledger)
+
+
+@pytest.mark.parametrize("script", [name for name in NAMES if SCRIPTS[name].env_id == "Trading-v0"], indirect=True)
+def test_two_processes_trade_the_symbols_of_one(script, pair, inside):
+    """Market for market, by number: shares of 32 markets, which 3 symbols do not divide."""
+    state = inside(*script.short, "--total-timesteps", "1024")["train_envs"].unwrapped._state
+    assert set(state.symbol) == {0, 1, 2}
+    together = pair.model["envs"]["state"].numpy().view(state.dtype)
+    np.testing.assert_array_equal(together["symbol"], state.symbol)
 
 
 def test_a_killed_run_of_two_processes_ends_like_one_that_was_not(script, pair, tmp_path):

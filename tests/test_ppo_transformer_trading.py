@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_python
-from scripts import SCRIPTS, Run, candles, prices
+from scripts import SCRIPTS, Run, candles, finish, prices
 
 from envs import ledger, trades, trading_references
 from envs.costs import RUIN
@@ -139,6 +139,16 @@ def test_initial_weights(script):
         gram = head.weight @ head.weight.T
         torch.testing.assert_close(gram, scale**2 * torch.eye(len(gram)), atol=1e-4 * scale**2, rtol=1e-4)
     assert all((p == 0).all() for name, p in agent.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ([], ["--amp"]))
+def test_more_windows_at_once_than_a_grid_of_blocks_has(script, tmp_path, precision):
+    """65,535: in the rollout, and in a minibatch with its gradients."""
+    options = [option for option in script.short if option != "--no-cuda"]
+    large = ["--num-envs", "65538", "--num-steps", "2", "--num-minibatches", "1", "--total-timesteps", "131076"]
+    run = finish(script, *options, *large, *precision, runs_dir=tmp_path)
+    assert run.json["status"] == "finished" and run.json["env_steps"] == 131076
 
 
 # --- a run
@@ -343,7 +353,7 @@ def test_what_follows_a_cut_episode_is_seen_through_the_same_normaliser(script, 
     before, g = (inside(*options, "--total-timesteps", str(1024 * n)) for n in (2, 3))
     with torch.no_grad():
         expected = g["agent"].value(g["agent"].encode(before["agent"].norm(g["final_obs"])))
-    torch.testing.assert_close(g["next_values"][g["at_step"], g["at_env"]], expected)
+    torch.testing.assert_close(g["final_values"][g["at_step"], g["at_env"]], expected)
     assert len(expected) > 50 and (before["agent"].norm.mean.abs() > 0.1).any()
 
 
