@@ -145,9 +145,9 @@ def test_initial_weights(script):
 @pytest.mark.parametrize("precision", ([], ["--amp"]))
 def test_more_windows_at_once_than_a_grid_of_blocks_has(script, tmp_path, precision):
     """65,535: in the rollout, and in a minibatch with its gradients."""
-    options = [option for option in script.short if option != "--no-cuda"]
+    options = [option for option in script.short if option != "--no-cuda"] + precision
     large = ["--num-envs", "65538", "--num-steps", "2", "--num-minibatches", "1", "--total-timesteps", "131076"]
-    run = finish(script, *options, *large, *precision, runs_dir=tmp_path)
+    run = finish(script, *options, *large, "--width", "32", runs_dir=tmp_path)
     assert run.json["status"] == "finished" and run.json["env_steps"] == 131076
 
 
