@@ -683,7 +683,8 @@ if __name__ == "__main__":
                 final_obs = torch.as_tensor(np.concatenate([f for _, _, f in finals]), dtype=torch.float32)
                 at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _ in finals]))
                 at_env = torch.as_tensor(np.concatenate([i for _, i, _ in finals]))
-                final_values[at_step, at_env] = value_of(agent.norm(final_obs.to(device)))
+                with torch.no_grad(), autocast():  # never compiled: their number varies
+                    final_values[at_step, at_env] = agent.value(agent.norm(final_obs.to(device))).float()
         global_step += steps
         recent_returns = (recent_returns + finished_returns)[-100:]
 
