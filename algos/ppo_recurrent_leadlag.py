@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import numba
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from gymnasium.vector import AutoresetMode
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 import envs  # noqa: F401  (registers LeadLag-v0)
 from envs import dataset, dataset_writer, ledger, references
+from envs.device import unavailable
 from envs.leadlag_tables import LeadLagConfig, LeadLagData
 from envs.synthetic import load_market
 from envs.task import describe_task, provenance
@@ -43,7 +46,15 @@ class Args:
     torch_deterministic: bool = True
     """use deterministic algorithms, so that the same seed on the same machine gives the same bits"""
     cuda: bool = True
-    """run the networks on a GPU where there is one"""
+    """run networks and markets on a GPU where there is one; under torchrun on one GPU for each process"""
+    market_device: str = "auto"
+    """where the markets run: auto (with the networks), cpu or cuda"""
+    compile: bool = False
+    """compile what is computed of rollout, advantages and update with torch.compile"""
+    cudagraphs: bool = False
+    """with everything on a GPU: record rollout, advantages and update once, and replay them without the host"""
+    amp: bool = False
+    """on a GPU: actor and critic in bfloat16, where autocast finds it safe; a memory adds up, and stays in float32"""
     num_threads: int = 0
     """CPU threads of torch and of the market kernels (0: all cores this process may use)"""
     track: bool = False
@@ -168,6 +179,56 @@ CLASSIC_CONTROL = dict(
 )  # fmt: skip
 
 
+def processes():
+    """Of this run: 1, or as many as torchrun has started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average(x):
+    """The mean of a tensor over all processes, in its place."""
+    if processes() > 1:
+        dist.all_reduce(x)
+        x /= processes()
+    return x
+
+
+def gathered(x):
+    """The rows of a tensor of all processes, one below the other."""
+    if processes() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    if x.numel():
+        dist.all_gather([part.view(torch.uint8) for part in parts], x.contiguous().view(torch.uint8))
+    return torch.cat(parts)
+
+
+class Captured:
+    """A function without arguments, whose work on the GPU is recorded as a CUDA graph, and replayed from its fourth call on.
+
+    Its first two calls are ordinary ones, beside torch's current stream: they compile, and allocate what stays. The third
+    one records and replays. So it must do the same work on the same memory each time; what it returns is that memory.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph, self.result = function, 0, None, None
+
+    def __call__(self):
+        if self.graph is None and self.calls < 2:
+            self.calls += 1
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                self.result = self.function()
+            torch.cuda.current_stream().wait_stream(beside)
+            return self.result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
 class RunningNorm(nn.Module):
     """Standardises observations by the mean and variance of all seen so far; part of the model, saved with it."""
 
@@ -178,15 +239,17 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, x):
-        delta, var = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        for part in x.split(1024):  # parts that stay in the cache
+        moments = torch.zeros((2, len(self.mean)), dtype=torch.float64, device=x.device)
+        for part in x.split(1024 if x.device.type == "cpu" else 2**20):  # parts that stay in the cache, or fit beside it
             centred = part - self.mean.float()
-            delta += centred.sum(dim=0, dtype=torch.float64) / len(x)
-            var += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
-        var.sub_(delta**2).clamp_(min=0.0)
-        total = self.count + len(x)
-        self.var.copy_((self.var * self.count + var * len(x) + delta**2 * self.count * len(x) / total) / total)
-        self.mean.add_(delta * len(x) / total)
+            moments[0] += centred.sum(dim=0, dtype=torch.float64) / len(x)
+            moments[1] += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
+        delta, var = average(moments)
+        number = len(x) * processes()
+        var = var.sub(delta**2).clamp_(min=0.0)
+        total = self.count + number
+        self.var.copy_((self.var * self.count + var * number + delta**2 * self.count * number / total) / total)
+        self.mean.add_(delta * number / total)
         self.count.copy_(total)
 
     def forward(self, x):
@@ -244,13 +307,21 @@ class Agent(nn.Module):
         """(parts, n, hidden): the state at the start of an episode."""
         return torch.zeros((self.parts, n, self.hidden), device=self.norm.mean.device)
 
+    def step(self, x, state):
+        """`remember` of a single step (1, n, D) by the memory's cell: what a GPU can record."""
+        if self.parts == 0:
+            return x, state
+        cell, given = (torch.lstm_cell, state.unbind()) if self.parts == 2 else (torch.gru_cell, state[0])
+        found = cell(x[0], given, *self.memory.all_weights[0])
+        state = torch.stack(found) if self.parts == 2 else found[None]
+        return torch.cat([x, state[:1]], dim=2), state
+
     def remember(self, x, state):
         """Features (T, n, D + hidden) of normalised observations (T, n, D) in a row, and the state (parts, n, hidden) after."""
         if self.parts == 0:
             return x, state
         if self.parts == 2 and x.shape[0] == 1 and x.shape[1] <= 32:  # where the fused call takes longer to begin than to run
-            h, c = torch.lstm_cell(x[0], (state[0], state[1]), *self.memory.all_weights[0])
-            return torch.cat([x, h[None]], dim=2), torch.stack([h, c])
+            return self.step(x, state)
         out, after = self.memory(x, (state[:1], state[1:]) if self.parts == 2 else state)
         return torch.cat([x, out], dim=2), torch.cat(after) if self.parts == 2 else after
 
@@ -291,6 +362,18 @@ def replay(agent, b_x, state, parts, num_envs):
     return features[inside], index[inside]
 
 
+def replay_steps(agent, x, state, done, market):
+    """The same of whole rollouts of the markets numbered `market`, step by step: slower, but the same work wherever episodes
+    end, which is what a GPU can record. x: (T, N, D); state: (parts, N, hidden) before it; done: (T, N)."""
+    index = torch.arange(len(x), device=x.device)[:, None] * x.shape[1] + market
+    x, state, done, found = x[:, market], state[:, market], done[:, market], []
+    for step in range(len(x)):
+        features, state = agent.step(x[step : step + 1], state)
+        state = state.masked_fill(done[step][:, None], 0.0)
+        found.append(features)
+    return torch.cat(found).flatten(0, 1), index.flatten()
+
+
 def draw(p):
     """(...,) actions drawn with probabilities p (..., A), which need not quite sum to 1; one without probability never is."""
     if p.device.type == "cpu":  # inverts the distribution
@@ -300,7 +383,7 @@ def draw(p):
     return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)  # cumsum is not deterministic there
 
 
-def make_envs(args, data, splits, iterations):
+def make_envs(args, data, splits, iterations, device="cpu"):
     """Training environments: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
     if args.env_id != MARKET_ENV:
         return gym.make_vec(
@@ -312,7 +395,7 @@ def make_envs(args, data, splits, iterations):
         MARKET_ENV, args.num_envs, data=data, split=splits["train"], actions=args.actions, max_jump=args.max_jump,
         episode_length=args.episode_length, curriculum=args.curriculum,
         curriculum_steps=int(args.curriculum_fraction * steps), reward_weights=weights,
-        anneal_steps=int(args.anneal_fraction * steps), num_threads=args.num_threads,
+        anneal_steps=int(args.anneal_fraction * steps), num_threads=args.num_threads, device=device,
     )  # fmt: skip
 
 
@@ -333,7 +416,7 @@ if __name__ == "__main__":
         run_dir = Path(args.resume)
         if not (run_dir / "model.pt").is_file():
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
-        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        checkpoint = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
         saved = checkpoint["args"]
         args = Args(**{**saved, "leadlag": LeadLagConfig(**saved["leadlag"]), "resume": args.resume})
     for flag in (
@@ -349,11 +432,15 @@ if __name__ == "__main__":
         sys.exit(f"--log-dataset {args.log_dataset}: holds {logged[0].parent.name} already; expected none of this seed")
     is_market = args.env_id == MARKET_ENV
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
-    batch_size = args.num_envs * args.num_steps
-    minibatch_envs = args.num_envs // args.num_minibatches
-    num_iterations = max(1, args.total_timesteps // batch_size)
-    if args.num_minibatches > args.num_envs:
-        sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {args.num_envs}, the markets (--num-envs)")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # under torchrun
+    if args.num_envs % world_size:
+        sys.exit(f"--num-envs {args.num_envs}: expected a multiple of the {world_size} processes")
+    num_envs = args.num_envs // world_size
+    batch_size = num_envs * args.num_steps  # of this process
+    minibatch_envs = num_envs // args.num_minibatches
+    num_iterations = max(1, args.total_timesteps // (batch_size * world_size))
+    if args.num_minibatches > num_envs:
+        sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {num_envs}, the markets (--num-envs)")
     if args.observed and is_market:
         sys.exit(f"--observed {' '.join(map(str, args.observed))}: expected only with --env-id of Gymnasium")
 
@@ -363,7 +450,35 @@ if __name__ == "__main__":
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     numba.get_num_threads()  # starts Numba's, which changes the number of torch's: so before the next line
     torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() and args.cuda else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    missing = None if device.type == "cuda" else "no CUDA device" if args.cuda else "--no-cuda"
+    print(f"device  {device}{f' ({missing})' if missing else ''}{f', {world_size} processes' if world_size > 1 else ''}")
+    for flag in ("amp", "cudagraphs"):
+        if missing and getattr(args, flag):
+            print(f"--{flag}: {missing}; left out")
+            setattr(args, flag, False)
+    if args.market_device not in ("auto", "cpu", "cuda"):
+        sys.exit(f"--market-device {args.market_device}: expected auto, cpu or cuda")
+    market_device = args.market_device if is_market else "cpu"
+    if market_device == "auto":
+        reason = None if missing else unavailable(str(device))
+        if reason:
+            print(f"markets on the CPU: {reason}")
+        market_device = "cpu" if missing or reason else str(device)
+    on_gpu = market_device != "cpu"
+    if args.cudagraphs and not on_gpu:
+        sys.exit("--cudagraphs: expected markets on the GPU (LeadLag-v0 and --market-device auto or cuda)")
+    shaped = args.curriculum is not None or any(getattr(args, f"reward_{name}") for name in SHAPING)
+    if args.cudagraphs and shaped:
+        sys.exit("--cudagraphs: expected no --curriculum and no --reward-...: what is recorded cannot change from step to step")
+    if rank > 0:  # this process does all that the first one does, so that it decides alike, but keeps nothing of it
+        scratch = tempfile.TemporaryDirectory()
+        args.runs_dir, args.track, args.log_dataset = scratch.name, False, None
+        sys.stdout = open(os.devnull, "w")
 
     # Market: panel, splits, tables; what is wrong with them is said in one line
     data, splits = None, None
@@ -381,7 +496,7 @@ if __name__ == "__main__":
             data = LeadLagData(panel, args.leadlag)
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"costs   {data.costs.describe()}")
-        train_envs = make_envs(args, data, splits, num_iterations)
+        train_envs = make_envs(dataclasses.replace(args, num_envs=num_envs), data, splits, num_iterations, market_device)
         if not isinstance(train_envs.single_action_space, gym.spaces.Discrete):
             raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected discrete actions")
         if args.log_dataset:  # refuse actions that no dataset can hold
@@ -395,19 +510,26 @@ if __name__ == "__main__":
     observed = list(args.observed) or slice(None)
     obs_size = len(args.observed) or full_size
     agent = Agent(obs_size, num_actions, args.memory, args.hidden).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    on_cuda = device.type == "cuda"  # captured or not: a rate in memory is rounded to float32
+    rate = torch.tensor(args.learning_rate, device=device) if on_cuda else args.learning_rate
+    optimizer = torch.optim.Adam(agent.parameters(), lr=rate, eps=1e-5, fused=True, capturable=on_cuda)
+    if world_size > 1:
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, rank)).generate_state(1)[0]))  # now every process by itself
 
-    # Storage on the host: the market kernels write observations and masks straight into it
-    obs = torch.zeros((args.num_steps + 1, args.num_envs, obs_size))
-    masks = torch.ones((args.num_steps + 1, args.num_envs, num_actions), dtype=torch.bool)
-    rewards = torch.zeros((args.num_steps, args.num_envs))
+    # Storage where the markets are: their kernels write observations and masks straight into it
+    place = device if on_gpu else "cpu"
+    obs = torch.zeros((args.num_steps + 1, num_envs, obs_size), device=place)
+    masks = torch.ones((args.num_steps + 1, num_envs, num_actions), dtype=torch.bool, device=place)
+    rewards = torch.zeros((args.num_steps, num_envs), device=place)
     terminated, done = torch.zeros_like(rewards, dtype=torch.bool), torch.zeros_like(rewards, dtype=torch.bool)
-    x = torch.zeros((args.num_steps + 1, args.num_envs, obs_size), device=device)  # normalised observations
-    actions = torch.zeros((args.num_steps, args.num_envs), dtype=torch.int64, device=device)
-    logprobs = torch.zeros((args.num_steps, args.num_envs), device=device)
-    advantages = torch.zeros_like(logprobs)
-    features = torch.zeros((args.num_steps + 1, args.num_envs, agent.actor[0].in_features), device=device)
-    state = agent.blank(args.num_envs)  # of the memory, before the next observation
+    x = torch.zeros((args.num_steps + 1, num_envs, obs_size), device=device)  # normalised observations
+    actions = torch.zeros((args.num_steps, num_envs), dtype=torch.int64, device=device)
+    logprobs, values = torch.zeros((args.num_steps, num_envs), device=device), torch.zeros(x.shape[:2], device=device)
+    final_values = torch.zeros_like(logprobs)  # of the last observation of an episode that ended at this step
+    advantages, returns = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+    features = torch.zeros((*x.shape[:2], agent.actor[0].in_features), device=device)
+    state, first_state = agent.blank(num_envs), agent.blank(num_envs)  # of the memory before the next observation; of a rollout
+    mb_envs = torch.zeros(minibatch_envs, dtype=torch.int64, device=device)  # the markets of the minibatch
 
     def see(observation):
         """(n, D) what the agent sees of n observations."""
@@ -416,31 +538,44 @@ if __name__ == "__main__":
     # Start, or go on from the checkpoint
     global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
-    episode_return, recent_returns = np.zeros(args.num_envs), []
-    first_obs, infos = train_envs.reset(seed=args.seed)
-    obs[0] = torch.as_tensor(see(first_obs))
+    episode_return, recent_returns = np.zeros(num_envs), []
+    ended_return = torch.zeros_like(rewards, dtype=torch.float64)  # on a GPU: that of an episode at the step that it ended at
+    if on_gpu:
+        episode_return = torch.zeros(num_envs, device=device, dtype=torch.float64)
+    first_obs, infos = train_envs.reset(seed=args.seed + rank * num_envs)
+    obs[0] = torch.as_tensor(first_obs if is_market else see(first_obs))
     if "action_mask" in infos:
         masks[0] = torch.as_tensor(infos["action_mask"])
     if checkpoint:
         if not is_market:
             sys.exit(f"--resume {args.resume}: {args.env_id} cannot save its state; expected a run of {MARKET_ENV}")
+        if (number := checkpoint.get("processes", 1)) != world_size:
+            sys.exit(f"--resume {args.resume}: a run of {number} processes; expected as many, not {world_size}")
+
+        def own(rows):
+            return rows.chunk(world_size)[rank].clone()
+
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
+        optimizer.param_groups[0]["lr"] = rate  # in the form that this run needs
+        torch.set_rng_state(own(checkpoint["rng"]))
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        train_envs.unwrapped.set_state({k: v.numpy() for k, v in checkpoint["envs"].items()})
-        obs[0], masks[0], state = checkpoint["obs"], checkpoint["mask"], checkpoint["state"].to(device)
-        episode_return, recent_returns = checkpoint["episode_return"].numpy(), checkpoint["recent_returns"]
+            torch.cuda.set_rng_state(own(checkpoint["cuda_rng"]))
+        train_envs.unwrapped.set_state({k: own(v).numpy() for k, v in checkpoint["envs"].items()})
+        obs[0], masks[0] = own(checkpoint["obs"]), own(checkpoint["mask"])
+        state.copy_(own(checkpoint["state"].transpose(0, 1)).transpose(0, 1))
+        episode_return[:] = own(checkpoint["episode_return"]).to(place) if on_gpu else own(checkpoint["episode_return"]).numpy()
+        recent_returns = checkpoint["recent_returns"]
         best_score, best_model = checkpoint["best_score"], checkpoint["best_model"]
         first_iteration, evals_since_best = checkpoint["iteration"] + 1, checkpoint["evals_since_best"]
         global_step, train_seconds = checkpoint["global_step"], checkpoint["train_seconds"]
         print(f"resume  {run_dir} after iteration {checkpoint['iteration']}")
+        run_dir = run_dir if rank == 0 else Path(args.runs_dir)
     else:
         run_dir = ledger.new_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)
     run = {
         "status": "running", "env_id": args.env_id, "args": dataclasses.asdict(args),
-        **ledger.provenance(__file__, str(device)), "trials": 1,
+        **ledger.provenance(__file__, str(device)), "trials": 1, "processes": world_size,
     }  # fmt: skip
     if is_market:
         run |= {"panel": ledger.describe_panel(panel, splits), "market": data.describe()}
@@ -503,118 +638,190 @@ if __name__ == "__main__":
         episodes = make_envs(plain, data, splits, num_iterations)
         dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed, timestamps)
 
+    # What is computed, as functions of tensors: --compile compiles each of them
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+
+    def recall(observation, state):
+        """Normalised observations (n, D), their features (n, D + hidden), and the state of the memory after them."""
+        with torch.no_grad():
+            normalised = agent.norm(observation)
+            seen, after = (agent.step if on_gpu else agent.remember)(normalised[None], state)
+            return normalised, seen[0], after
+
+    def choose(seen, mask):
+        """Actions (n,) drawn from the policy given features (n, D + hidden), and their log-probabilities."""
+        with torch.no_grad(), autocast():
+            log_probs = agent.log_probs(seen, mask)
+            action = draw(log_probs.exp())
+            return action, log_probs.gather(1, action[:, None]).squeeze(1)
+
+    def value_of(seen):
+        with torch.no_grad(), autocast():
+            return agent.value(seen).float()
+
+    def accumulate(values, final_values, rewards, terminated, done):
+        """Advantages (T, n). A finished episode is followed by its own last observation, never by the first of the next one:
+        V(final_obs) is bootstrapped where the window was cut (truncation), not where the account was ruined; the memory it is
+        valued with is the one after the step before it."""
+        deltas = args.reward_scale * rewards - values[:-1]
+        deltas += args.gamma * torch.where(done, final_values, values[1:]) * ~terminated
+        carry = args.gamma * args.gae_lambda * ~done
+        running, found = torch.zeros(num_envs, device=device), []
+        for step in reversed(range(args.num_steps)):
+            running = deltas[step] + carry[step] * running
+            found.append(running)
+        return torch.stack(found[::-1])
+
+    def objective(seen, mask, action, old_logprob, advantage, old_value, target):
+        """The loss of a minibatch, its parts that are watched (5,), and ratio, entropy and new values."""
+        with autocast():
+            all_logprobs = agent.log_probs(seen, mask)
+            new_value = agent.value(seen).float()
+        new_logprob = all_logprobs.gather(1, action[:, None]).squeeze(1)
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(1).mean()  # masked actions have probability 0
+        logratio = new_logprob - old_logprob
+        ratio = logratio.exp()
+        if args.norm_adv:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        pg_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
+
+        v_loss = (new_value - target) ** 2
+        if args.clip_vloss:
+            v_clipped = old_value + (new_value - old_value).clamp(-args.clip_coef, args.clip_coef)
+            v_loss = torch.max(v_loss, (v_clipped - target) ** 2)
+        v_loss = 0.5 * v_loss.mean()
+
+        loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+        with torch.no_grad():
+            approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
+            clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            watched = torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction])
+        return loss, watched, ratio, entropy, new_value
+
+    if args.compile:  # not the memory, which is torch's own kernels
+        torch._inductor.config.fallback_random = True  # the random numbers of eager mode
+        choose, value_of, accumulate, objective = map(torch.compile, (choose, value_of, accumulate, objective))
+
+    # The three parts of an iteration, on the storage above: --cudagraphs records each of them
+    def rollout():
+        """Every market's next --num-steps bars, all of it on the GPU."""
+        first_state.copy_(state)
+        for step in range(args.num_steps):
+            x[step], features[step], after = recall(obs[step], state)
+            actions[step], logprobs[step] = choose(features[step], masks[step])
+            _, reward, term, trunc, infos = train_envs.unwrapped.step(actions[step], out=obs[step + 1])
+            masks[step + 1], rewards[step], terminated[step] = infos["action_mask"], reward, term
+            torch.logical_or(term, trunc, out=done[step])
+            final_values[step] = value_of(recall(infos["final_obs"], after)[1])
+            state.copy_(after.masked_fill(done[step][:, None], 0.0))  # the next episode begins with a blank memory
+            episode_return.add_(reward)
+            ended_return[step] = episode_return
+            episode_return.mul_(~done[step])
+
+    def estimate_advantages():
+        x[-1], features[-1], _ = recall(obs[-1].to(device), state)
+        values.copy_(value_of(features.flatten(0, 1)).view(values.shape))
+        advantages.copy_(accumulate(values, final_values, rewards.to(device), terminated.to(device), done.to(device)))
+        torch.add(advantages, values[:-1], out=returns)
+
+    def update():
+        """A step of the optimiser on the rollouts of the markets `mb_envs`; what `objective` returns, and of which rows."""
+        if on_gpu:
+            mb_features, index = replay_steps(agent, x[:-1], first_state, done, mb_envs)
+        else:
+            mb_parts = parts[torch.isin(parts[:, 1], mb_envs)]
+            mb_features, index = replay(agent, x[:-1].flatten(0, 1), first_state, mb_parts, num_envs)
+        batch = (rows.flatten()[index] for rows in (actions, logprobs, advantages, values[:-1], returns))
+        found = objective(mb_features, b_masks[index], *batch)
+        optimizer.zero_grad()
+        found[0].backward()
+        if world_size > 1:
+            gradients = [p.grad for p in agent.parameters()]
+            together = average(torch.cat([g.flatten() for g in gradients]))
+            for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients])):
+                gradient.copy_(mean.view_as(gradient))
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+        optimizer.step()
+        return *(part.detach() for part in found), index
+
+    def normalise():
+        agent.norm.update(obs[:-1].flatten(0, 1).to(device))
+
+    if args.cudagraphs:
+        rollout, estimate_advantages, update, normalise = map(Captured, (rollout, estimate_advantages, update, normalise))
+
     log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None
-    progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
+    steps = batch_size * world_size
+    progress = tqdm(
+        total=num_iterations * steps, initial=global_step, unit="step", unit_scale=True, mininterval=0.5, disable=rank > 0
+    )
     for iteration in range(first_iteration, num_iterations + 1):
         tick = time.perf_counter()
         if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+            annealed = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+            optimizer.param_groups[0]["lr"] = rate.fill_(annealed) if on_cuda else annealed
 
         # Rollout
-        finals, finished_returns = [], []
-        first_state = state.clone()
-        for step in range(args.num_steps):
-            with torch.no_grad():
-                x[step] = agent.norm(obs[step].to(device))
-                features[step], state = agent.remember(x[step : step + 1], state)
-                log_probs = agent.log_probs(features[step], masks[step].to(device))
-                action = draw(log_probs.exp())
-                logprobs[step] = log_probs.gather(1, action[:, None]).squeeze(1)
+        if on_gpu:
+            rollout()
+            finished_returns = ended_return[done][-100:].tolist()
+        else:
+            finals, finished_returns = [], []
+            first_state.copy_(state)
+            for step in range(args.num_steps):
+                x[step], features[step], after = recall(obs[step].to(device), state)
+                action, logprobs[step] = choose(features[step], masks[step].to(device))
                 actions[step] = action
-            if is_market:
-                _, reward, term, trunc, infos = train_envs.step(action.cpu().numpy(), out=obs[step + 1].numpy())
-                masks[step + 1] = torch.from_numpy(infos["action_mask"])
-            else:
-                next_obs, reward, term, trunc, infos = train_envs.step(action.cpu().numpy())
-                obs[step + 1] = torch.as_tensor(see(next_obs))
-            rewards[step] = torch.as_tensor(reward)
-            terminated[step] = torch.as_tensor(term)
-            over = term | trunc
-            done[step] = torch.as_tensor(over)
-            episode_return += reward
-            if over.any():
-                ended = np.flatnonzero(over)
-                finals.append((step, ended, see(np.stack(infos["final_obs"][ended])), state[:, ended]))
-                state[:, ended] = 0.0  # the next episode begins with a blank memory
-                finished_returns.extend(episode_return[ended].tolist())
-                episode_return[ended] = 0.0
-        global_step += batch_size
-        recent_returns = (recent_returns + finished_returns)[-100:]
-
-        # Advantages. A finished episode is followed by its own last observation, never by the first of the next one:
-        # V(final_obs) is bootstrapped where the window was cut (truncation), not where the account was ruined.
-        # The memory it is valued with is the one after the step before it.
-        with torch.no_grad():
-            x[-1] = agent.norm(obs[-1].to(device))
-            features[-1], _ = agent.remember(x[-1:], state)
-            values = agent.value(features)
-            next_values = values[1:].clone()
+                state.copy_(after)
+                if is_market:
+                    _, reward, term, trunc, infos = train_envs.step(action.cpu().numpy(), out=obs[step + 1].numpy())
+                    masks[step + 1] = torch.from_numpy(infos["action_mask"])
+                else:
+                    next_obs, reward, term, trunc, infos = train_envs.step(action.cpu().numpy())
+                    obs[step + 1] = torch.as_tensor(see(next_obs))
+                rewards[step] = torch.as_tensor(reward)
+                terminated[step] = torch.as_tensor(term)
+                over = term | trunc
+                done[step] = torch.as_tensor(over)
+                episode_return += reward
+                if over.any():
+                    ended = np.flatnonzero(over)
+                    finals.append((step, ended, see(np.stack(infos["final_obs"][ended])), state[:, ended]))
+                    state[:, ended] = 0.0  # the next episode begins with a blank memory
+                    finished_returns.extend(episode_return[ended].tolist())
+                    episode_return[ended] = 0.0
             if finals:
                 final_obs = torch.as_tensor(np.concatenate([f for _, _, f, _ in finals]))
                 at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _, _ in finals]))
                 at_env = torch.as_tensor(np.concatenate([i for _, i, _, _ in finals]))
                 before = torch.cat([memory for _, _, _, memory in finals], dim=1)
-                last, _ = agent.remember(agent.norm(final_obs.to(device))[None], before)
-                next_values[at_step, at_env] = agent.value(last[0])
-            deltas = args.reward_scale * rewards.to(device) - values[:-1]
-            deltas += args.gamma * next_values * ~terminated.to(device)
-            carry = args.gamma * args.gae_lambda * ~done.to(device)
-            running = torch.zeros(args.num_envs, device=device)
-            for step in reversed(range(args.num_steps)):
-                running = deltas[step] + carry[step] * running
-                advantages[step] = running
-            returns = advantages + values[:-1]
+                final_values[at_step, at_env] = value_of(recall(final_obs.to(device), before)[1])
+            parts = stretches(done.to(device))
+        global_step += steps
+        recent_returns = (recent_returns + finished_returns)[-100:]
 
-        # Update
-        b_x, b_masks = x[:-1].flatten(0, 1), masks[:-1].flatten(0, 1).to(device)
-        b_actions, b_logprobs = actions.flatten(), logprobs.flatten()
-        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values[:-1].flatten()
-        parts = stretches(done.to(device))
-        statistics, updates = torch.zeros(5, device=device), 0
-        stop_update = False
+        # Advantages and update
+        estimate_advantages()
+        b_masks = masks[:-1].flatten(0, 1).to(device)
+        statistics, updates, stop_update = torch.zeros(5, device=device), 0, False
         for _ in range(args.update_epochs):
-            order = torch.randperm(args.num_envs).to(device)
+            order = torch.randperm(num_envs, device=device)
             for start in range(0, minibatch_envs * args.num_minibatches, minibatch_envs):
-                chosen = torch.isin(parts[:, 1], order[start : start + minibatch_envs])
-                mb_features, index = replay(agent, b_x, first_state, parts[chosen], args.num_envs)
-                all_logprobs = agent.log_probs(mb_features, b_masks[index])
-                new_logprob = all_logprobs.gather(1, b_actions[index][:, None]).squeeze(1)
-                entropy = -(all_logprobs.exp() * all_logprobs).sum(1).mean()  # masked actions have probability 0
-                logratio = new_logprob - b_logprobs[index]
-                ratio = logratio.exp()
-
-                mb_advantages = b_advantages[index]
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped).mean()
-
-                new_value, old_value, target = agent.value(mb_features), b_values[index], b_returns[index]
-                v_loss = (new_value - target) ** 2
-                if args.clip_vloss:
-                    v_clipped = old_value + (new_value - old_value).clamp(-args.clip_coef, args.clip_coef)
-                    v_loss = torch.max(v_loss, (v_clipped - target) ** 2)
-                v_loss = 0.5 * v_loss.mean()
-
-                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
-                optimizer.step()
-                with torch.no_grad():
-                    approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
-                    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    statistics += torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction])
-                    updates += 1
-                if args.target_kl is not None and approx_kl.item() > args.target_kl:
+                mb_envs.copy_(order[start : start + minibatch_envs])
+                loss, watched, ratio, entropy, new_value, index = update()
+                statistics += watched
+                updates += 1
+                if args.target_kl is not None and average(watched[3].clone()).item() > args.target_kl:
                     stop_update = True
                     break
             if stop_update:
                 break
-        agent.norm.update(obs[:-1].flatten(0, 1).to(device))  # after the update: the first ratio is exactly 1
+        normalise()  # after the update: the first ratio is exactly 1
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-        losses = dict(zip(names, (statistics / updates).tolist()))
+        losses = dict(zip(names, (average(statistics) / updates).tolist()))
         train_seconds += time.perf_counter() - tick
 
         # Fail-safe: stop cleanly, and say where
@@ -626,8 +833,8 @@ if __name__ == "__main__":
 
         # Logging
         sps = int(global_step / train_seconds)
-        explained = 1 - (b_returns - b_values).var() / b_returns.var()
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        explained = 1 - (returns - values[:-1]).var() / returns.var()
+        writer.add_scalar("charts/learning_rate", float(optimizer.param_groups[0]["lr"]), global_step)
         writer.add_scalar("charts/SPS", sps, global_step)
         writer.add_scalar("losses/explained_variance", explained.item(), global_step)
         for name, value in losses.items():
@@ -636,7 +843,7 @@ if __name__ == "__main__":
             writer.add_scalar("charts/episodic_return", np.mean(finished_returns), global_step)
         latest = f"{np.mean(recent_returns):.4g}" if recent_returns else "-"
         progress.set_postfix_str(f"{sps} steps/s, return {latest}", refresh=False)
-        progress.update(batch_size)
+        progress.update(steps)
 
         # Validation: choose the model here, never on the test split
         if is_market and (iteration % args.eval_every == 0 or iteration == num_iterations):
@@ -650,13 +857,16 @@ if __name__ == "__main__":
         if iteration in log_after or (stop_early and num_iterations in log_after):
             log_dataset(iteration)
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
+            envs_state = train_envs.unwrapped.get_state() if is_market else {}
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "iteration": num_iterations if stop_early else iteration,
-                "global_step": global_step, "train_seconds": train_seconds,
-                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-                "envs": {k: torch.as_tensor(v) for k, v in train_envs.unwrapped.get_state().items()} if is_market else None,
-                "obs": obs[-1], "mask": masks[-1], "state": state, "episode_return": torch.as_tensor(episode_return),
+                "global_step": global_step, "train_seconds": train_seconds, "processes": world_size,
+                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": gathered(torch.get_rng_state()),
+                "cuda_rng": gathered(torch.cuda.get_rng_state()) if device.type == "cuda" else None,
+                "envs": {k: gathered(torch.as_tensor(v)) for k, v in envs_state.items()} if is_market else None,
+                "obs": gathered(obs[-1]), "mask": gathered(masks[-1]),
+                "state": gathered(state.transpose(0, 1).contiguous()).transpose(0, 1),  # rows of which are markets
+                "episode_return": gathered(torch.as_tensor(episode_return)),
                 "recent_returns": recent_returns, "best_score": best_score, "best_model": best_model,
                 "evals_since_best": evals_since_best,
             })  # fmt: skip
@@ -698,7 +908,7 @@ if __name__ == "__main__":
     else:
         print(f"\nmean return of the last {len(recent_returns)} episodes of training: {latest}")
         obs_now, _ = train_envs.reset(seed=args.seed + 10_000)  # episodes that training never saw, without exploration
-        returns, episode_return[:], state, mask = [], 0.0, agent.blank(args.num_envs), torch.ones_like(masks[0])
+        returns, episode_return[:], state, mask = [], 0.0, agent.blank(num_envs), torch.ones_like(masks[0])
         while len(returns) < args.eval_episodes:
             with torch.no_grad():
                 action, state = agent.act_greedily(torch.as_tensor(see(obs_now)).to(device), mask.to(device), state)
@@ -712,3 +922,5 @@ if __name__ == "__main__":
     print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")
     if args.track:
         wandb.finish()
+    if world_size > 1:
+        dist.destroy_process_group()

@@ -134,6 +134,7 @@ class PPOScript(Script):
     blank: Callable = lambda agent, n: torch.zeros((0, n))  # memory (parts, n, ...) after them, of none at the start
     actor_input: str = "x"  # variable that holds them for a rollout
     most_minibatches: int = 1024  # of the short run
+    rounded: tuple[str, ...] = ()  # parts of a checkpoint whose sums another order has where the markets are on a GPU
     plain: tuple[str, ...] = ()  # options that make it the PPO whose arithmetic the tests know, and what of its agent has
     view: Callable = lambda agent: agent  # norm, actor, value(features), log_probs(features, mask), act_greedily(obs, mask)
     sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")
@@ -285,6 +286,7 @@ SCRIPTS = {
             actor_input="features",
             policy=lambda g: g["make_policy"]("test"),
             most_minibatches=64,
+            rounded=("model", "optimizer", "state", "best_score", "best_model"),
             unexplained=("costs", "num_lookbacks", "min_lookback", "max_lookback", "topk"),
         ),
         Script(
@@ -516,17 +518,20 @@ def features_of(script: PPOScript, agent, x: torch.Tensor, starts: np.ndarray) -
     return torch.cat(out)
 
 
-def assert_same_content(found, expected, where="model.pt"):
-    """Nested dicts, lists and tensors, bit for bit; not the seconds spent, nor where the run was resumed from."""
+def assert_same_content(found, expected, where="model.pt", rounding=0.0):
+    """Nested dicts, lists and tensors, bit for bit, or floats and tensors to `rounding`; not the seconds spent, nor the folder
+    of the run that was resumed."""
     assert type(found) is type(expected), where
     if isinstance(expected, dict):
         assert list(found) == list(expected), where
         for key in expected.keys() - {"train_seconds", "resume", "runs_dir"}:
-            assert_same_content(found[key], expected[key], f"{where}: {key}")
+            assert_same_content(found[key], expected[key], f"{where}: {key}", rounding)
     elif isinstance(expected, (list, tuple)):
         assert len(found) == len(expected), where
         for n, (a, b) in enumerate(zip(found, expected)):
-            assert_same_content(a, b, f"{where}: {n}")
+            assert_same_content(a, b, f"{where}: {n}", rounding)
+    elif rounding and isinstance(expected, (float, torch.Tensor)):
+        torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding, msg=lambda text: f"{where}: {text}")
     elif isinstance(expected, torch.Tensor):
         assert_same_bits(found.numpy(), expected.numpy(), where)
     else:

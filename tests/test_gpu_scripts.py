@@ -19,13 +19,17 @@ from scripts import SCRIPTS, Run, assert_same_content, assert_same_ledger
 
 pytest_plugins = ["scripts"]
 
-NAMES = ("ppo_leadlag", "ppo_portfolio", "ppo_transformer_trading")
+NAMES = ("ppo_leadlag", "ppo_portfolio", "ppo_recurrent_leadlag", "ppo_transformer_trading")
 SMALLEST = {  # without compiled kernels
     "ppo_leadlag": (
         "--market", "synthetic:leadlag:bars=300:train=1:val=1:test=1:assets=4:leaders=2:followers=2",
         "--num-lookbacks", "3", "--max-lookback", "20",
     ),
     "ppo_portfolio": ("--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2"),
+    "ppo_recurrent_leadlag": (
+        "--market", "synthetic:hidden:bars=300:train=1:val=1:test=1:assets=4:leaders=1:followers=1",
+        "--num-lookbacks", "3", "--max-lookback", "20", "--hidden", "8",
+    ),
     "ppo_transformer_trading": (
         "--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2", "--window", "3", "--width", "8",
     ),
@@ -63,6 +67,8 @@ def test_markets_on_a_device_change_nothing(script, tmp_path):
     np.testing.assert_allclose(ours.pop("episode_return"), theirs.pop("episode_return"), rtol=1e-12)
     assert ours["args"].pop("market_device") == "cuda" and theirs["args"].pop("market_device") == "cpu"
     ours["args"].pop("runs_dir"), theirs["args"].pop("runs_dir")
+    for part in script.rounded:
+        assert_same_content(ours.pop(part), theirs.pop(part), part, rounding=1e-5)
     assert_same_content(ours, theirs)
     assert_same_ledger(device.ledger, host.ledger)
 

@@ -61,6 +61,25 @@ def test_whole_stretches_equal_single_steps(script, memory):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory", ["lstm", "gru", "none"])
+def test_the_steps_that_a_gpu_records_equal_whole_stretches(script, memory):
+    """Of some of the markets, in any order, with episodes that end: features, a loss, and all of its gradients."""
+    agent, done, module = make_agent(script, memory), endings(), script.module
+    x, first, _, _ = rollout(agent, done)
+    x, chosen, parts = x.requires_grad_(), torch.tensor([4, 1, 0, 2]), module.stretches(done)
+    results = []
+    for features, index in (
+        module.replay(agent, x.flatten(0, 1), first, parts[torch.isin(parts[:, 1], chosen)], MARKETS),
+        module.replay_steps(agent, x, first, done, chosen),
+    ):
+        features, index = features[index.argsort()], index.sort().values
+        log_probs = agent.log_probs(features, index[:, None] % 7 != torch.arange(4))
+        loss = (log_probs.exp() * index.sin()[:, None]).mean() + (agent.value(features) - index.cos()).square().mean()
+        results.append([index, features, loss, *torch.autograd.grad(loss, [x, *agent.parameters()])])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    assert len(results[0][0]) == STEPS * 4 and all(gradient.any() for gradient in results[0][3:])
+
+
 def test_stretches_are_the_unbroken_parts(script):
     done = endings()
     seen = np.zeros((STEPS, MARKETS), int)

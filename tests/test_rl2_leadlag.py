@@ -58,9 +58,16 @@ def secret(monkeypatch):
 
 
 def test_what_is_shared_with_recurrent_ppo_is_the_same(script):
-    """Its tests, of the normaliser and of tanh, hold here too."""
+    """Its tests, of the normaliser and of tanh, hold here too. (Its normaliser is that of several processes as well.)"""
     other = SCRIPTS["ppo_recurrent_leadlag"].module
-    for name in ("RunningNorm", "FastTanh", "Tanh", "layer_init", "save_checkpoint"):
+    norms = [module.RunningNorm(3) for module in (script.module, other)]
+    numbers = torch.Generator().manual_seed(0)
+    for size in (1000, 1, 3000):
+        batch = 5.0 + torch.randn((size, 3), generator=numbers)
+        for norm in norms:
+            norm.update(batch)
+    assert_same_content(*(dict(norm.state_dict(), seen=norm(batch)) for norm in norms))
+    for name in ("FastTanh", "Tanh", "layer_init", "save_checkpoint"):
         assert inspect.getsource(getattr(script.module, name)) == inspect.getsource(getattr(other, name)), name
     for name in ("log_probs", "value"):
         assert inspect.getsource(getattr(script.module.Agent, name)) == inspect.getsource(getattr(other.Agent, name)), name
