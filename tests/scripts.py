@@ -134,7 +134,7 @@ class PPOScript(Script):
     blank: Callable = lambda agent, n: torch.zeros((0, n))  # memory (parts, n, ...) after them, of none at the start
     actor_input: str = "x"  # variable that holds them for a rollout
     most_minibatches: int = 1024  # of the short run
-    rounded: tuple[str, ...] = ()  # parts of a checkpoint whose sums another order has where the markets are on a GPU
+    rounded: tuple[str, ...] = ()  # parts of a checkpoint that markets on a GPU leave the same only to rounding
     plain: tuple[str, ...] = ()  # options that make it the PPO whose arithmetic the tests know, and what of its agent has
     view: Callable = lambda agent: agent  # norm, actor, value(features), log_probs(features, mask), act_greedily(obs, mask)
     sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")

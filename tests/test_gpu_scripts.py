@@ -57,7 +57,8 @@ def on_any_device(script) -> list[str]:
 
 
 def test_markets_on_a_device_change_nothing(script, tmp_path):
-    """The rollout that a GPU takes, on the simulator: the same weights, markets and last returns, and so the same ledger."""
+    """The path that a GPU takes, on the simulator: the same weights, markets and last returns, and so the same ledger. Weights
+    only to rounding where its update sums in another order."""
     simulator = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
     options = (*SMALLEST[script.name], *FEW, "--num-threads", "1", "--no-cuda", "--market-device")
     host, device = (trained(script, tmp_path / name, *options, name, **simulator) for name in ("cpu", "cuda"))
