@@ -205,25 +205,25 @@ def gathered(x):
 class Captured:
     """A function without arguments, whose work on the GPU is recorded as a CUDA graph, and replayed from its fourth call on.
 
-    Its first two calls are ordinary ones, beside torch's current stream: they compile, and allocate what stays. The third
-    one records and replays. So it must do the same work on the same memory each time; what it returns is that memory.
+    Its first two calls are ordinary ones, on a stream beside torch's current one: they compile, and allocate what stays. The
+    third one records there, and replays. So it must do the same work on the same memory each time; what it returns is that memory.
     """
 
     def __init__(self, function):
         self.function, self.calls, self.graph, self.result = function, 0, None, None
+        self.beside = torch.cuda.Stream()
 
     def __call__(self):
         if self.graph is None and self.calls < 2:
             self.calls += 1
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+            self.beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.beside):
                 self.result = self.function()
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(self.beside)
             return self.result
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
+            self.graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL has threads of its own
+            with torch.cuda.graph(self.graph, stream=self.beside, capture_error_mode=mode):
                 self.result = self.function()
         self.graph.replay()
         return self.result
@@ -279,7 +279,7 @@ class FastTanh(torch.autograd.Function):
 
 class Tanh(nn.Module):
     def forward(self, x):
-        return FastTanh.apply(x)
+        return FastTanh.apply(x) if x.device.type == "cpu" else x.tanh()
 
 
 class Agent(nn.Module):
@@ -381,6 +381,11 @@ def draw(p):
         drawn = torch.rand((*p.shape[:-1], 1), device=p.device) * cumulative[..., -1:]
         return (cumulative <= drawn).sum(dim=-1)
     return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)  # cumsum is not deterministic there
+
+
+def pick(x, index):
+    """(...,) entries of x (..., A) with the numbers index (...). Not by gather, whose gradient sorts on a GPU."""
+    return torch.where(torch.arange(x.shape[-1], device=x.device) == index[..., None], x, 0.0).sum(dim=-1)
 
 
 def make_envs(args, data, splits, iterations, device="cpu"):
@@ -654,7 +659,7 @@ if __name__ == "__main__":
         with torch.no_grad(), autocast():
             log_probs = agent.log_probs(seen, mask)
             action = draw(log_probs.exp())
-            return action, log_probs.gather(1, action[:, None]).squeeze(1)
+            return action, pick(log_probs, action)
 
     def value_of(seen):
         with torch.no_grad(), autocast():
@@ -678,7 +683,7 @@ if __name__ == "__main__":
         with autocast():
             all_logprobs = agent.log_probs(seen, mask)
             new_value = agent.value(seen).float()
-        new_logprob = all_logprobs.gather(1, action[:, None]).squeeze(1)
+        new_logprob = pick(all_logprobs, action)
         entropy = -(all_logprobs.exp() * all_logprobs).sum(1).mean()  # masked actions have probability 0
         logratio = new_logprob - old_logprob
         ratio = logratio.exp()
@@ -702,7 +707,9 @@ if __name__ == "__main__":
 
     if args.compile:  # not the memory, which is torch's own kernels
         torch._inductor.config.fallback_random = True  # the random numbers of eager mode
-        choose, value_of, accumulate, objective = map(torch.compile, (choose, value_of, accumulate, objective))
+        choose, value_of, accumulate, objective = (
+            torch.compile(f, dynamic=False) for f in (choose, value_of, accumulate, objective)
+        )
 
     # The three parts of an iteration, on the storage above: --cudagraphs records each of them
     def rollout():

@@ -58,7 +58,7 @@ def secret(monkeypatch):
 
 
 def test_what_is_shared_with_recurrent_ppo_is_the_same(script):
-    """Its tests, of the normaliser and of tanh, hold here too. (Its normaliser is that of several processes as well.)"""
+    """Its tests, of the normaliser and of tanh, hold here too. (That one's are for GPUs too.)"""
     other = SCRIPTS["ppo_recurrent_leadlag"].module
     norms = [module.RunningNorm(3) for module in (script.module, other)]
     numbers = torch.Generator().manual_seed(0)
@@ -67,7 +67,8 @@ def test_what_is_shared_with_recurrent_ppo_is_the_same(script):
         for norm in norms:
             norm.update(batch)
     assert_same_content(*(dict(norm.state_dict(), seen=norm(batch)) for norm in norms))
-    for name in ("FastTanh", "Tanh", "layer_init", "save_checkpoint"):
+    assert_same_content(*(module.Tanh()(batch) for module in (script.module, other)))
+    for name in ("FastTanh", "layer_init", "save_checkpoint"):
         assert inspect.getsource(getattr(script.module, name)) == inspect.getsource(getattr(other, name)), name
     for name in ("log_probs", "value"):
         assert inspect.getsource(getattr(script.module.Agent, name)) == inspect.getsource(getattr(other.Agent, name)), name
