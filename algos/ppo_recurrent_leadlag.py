@@ -206,7 +206,8 @@ class Captured:
     """A function without arguments, whose work on the GPU is recorded as a CUDA graph, and replayed from its fourth call on.
 
     Its first two calls are ordinary ones, on a stream beside torch's current one: they compile, and allocate what stays. The
-    third one records there, and replays. So it must do the same work on the same memory each time; what it returns is that memory.
+    third one records there, and replays. So it must do the same work on the same memory each time; what it returns is that
+    memory.
     """
 
     def __init__(self, function):
@@ -707,9 +708,8 @@ if __name__ == "__main__":
 
     if args.compile:  # not the memory, which is torch's own kernels
         torch._inductor.config.fallback_random = True  # the random numbers of eager mode
-        choose, value_of, accumulate, objective = (
-            torch.compile(f, dynamic=False) for f in (choose, value_of, accumulate, objective)
-        )
+        functions = choose, value_of, accumulate, objective
+        choose, value_of, accumulate, objective = (torch.compile(function, dynamic=False) for function in functions)
 
     # The three parts of an iteration, on the storage above: --cudagraphs records each of them
     def rollout():
@@ -805,7 +805,9 @@ if __name__ == "__main__":
                 at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _, _ in finals]))
                 at_env = torch.as_tensor(np.concatenate([i for _, i, _, _ in finals]))
                 before = torch.cat([memory for _, _, _, memory in finals], dim=1)
-                final_values[at_step, at_env] = value_of(recall(final_obs.to(device), before)[1])
+                last = recall(final_obs.to(device), before)[1]
+                with torch.no_grad(), autocast():  # never compiled: their number varies
+                    final_values[at_step, at_env] = agent.value(last).float()
             parts = stretches(done.to(device))
         global_step += steps
         recent_returns = (recent_returns + finished_returns)[-100:]
