@@ -19,13 +19,14 @@ from scripts import SCRIPTS, Run, assert_same_content, assert_same_ledger
 
 pytest_plugins = ["scripts"]
 
-NAMES = ("ppo_leadlag", "ppo_portfolio")
+NAMES = ("ppo_leadlag", "ppo_portfolio", "ppo_quantile_portfolio")
 SMALLEST = {  # without compiled kernels
     "ppo_leadlag": (
         "--market", "synthetic:leadlag:bars=300:train=1:val=1:test=1:assets=4:leaders=2:followers=2",
         "--num-lookbacks", "3", "--max-lookback", "20",
     ),
     "ppo_portfolio": ("--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2"),
+    "ppo_quantile_portfolio": ("--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2"),
 }  # fmt: skip
 FEW = ("--num-envs", "4", "--num-steps", "8", "--episode-length", "9", "--total-timesteps", "128", "--num-minibatches", "2")
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
