@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
-from scripts import SCRIPTS, Bandit, Run, Toy, pinball
+from scripts import SCRIPTS, Bandit, Run, Toy, assert_same_content, pinball
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_gpu_scripts import torchrun, trained, with_gpu
 
 from envs import portfolio_references
 from envs.ledger import growth
@@ -499,6 +500,60 @@ def test_actor_and_critic_are_clipped_apart(script, inside):
         assert float(torch.stack([p.grad.norm() for p in part]).norm()) == pytest.approx(1e-3, rel=1e-2)
 
 
+# --- on a GPU, and over several processes
+
+
+def test_budgets_on_a_device_change_nothing(script, tmp_path):
+    """The rollout that a GPU takes, on the simulator: the same accounts and outcomes, and so the same weights."""
+    options = [*STATIC, "--market", "synthetic:tail:bars=300:train=1:val=1:test=1", "--num-envs", "4", "--num-steps", "16"]
+    options += ["--cvar-alpha", "0.5", "--num-minibatches", "1", "--total-timesteps", "128", "--num-threads", "1", "--no-cuda"]
+    simulator = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
+    host, device = (
+        trained(script, tmp_path / name, *options, "--market-device", name, **simulator).model for name in ("cpu", "cuda")
+    )
+    assert len(host["account"][3]) > 10 and host["model"]["budget"] != 0.0
+    for part in ("model", "account", "envs"):
+        assert_same_content(device[part], host[part], part)
+
+
+@with_gpu
+@pytest.mark.parametrize("options", (STATIC, ITERATED))
+def test_captured_equals_eager_while_the_level_falls(script, tmp_path, options):
+    short = [option for option in script.budget if option != "--no-cuda"] + [*options, "--anneal-alpha", "0.5"]
+    plain, captured = (
+        trained(script, tmp_path / name, *short, *more).model for name, more in (("plain", ()), ("captured", ("--cudagraphs",)))
+    )
+    for part in ("model", "account"):
+        assert_same_content(captured[part], plain[part], part)
+
+
+SPY = """
+import os, runpy, sys, torch
+folder, sys.argv = sys.argv[1], sys.argv[2:]
+g = runpy.run_path(sys.argv[0], run_name="__main__")
+content = {name: g[name] for name in ("outcomes", "earned", "complete")} | {"account": vars(g["account"])}
+torch.save(content | {"start": g["agent"].budget}, f"{folder}/rank{os.environ['RANK']}.pt")
+"""
+
+
+def test_two_processes_share_a_budget_and_keep_their_accounts(script, tmp_path):
+    """The quantile of what the horizons of both have earned."""
+    (tmp_path / "spy.py").write_text(SPY)
+    options = [*script.budget, *STATIC, "--total-timesteps", "2048", "--runs-dir", str(tmp_path / "runs")]
+    done = torchrun(str(tmp_path / "spy.py"), str(tmp_path), str(script.path), *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    latest = torch.cat([rank["earned"][rank["complete"]] for rank in (first, second)])
+    assert torch.equal(first["outcomes"], second["outcomes"]) and torch.equal(first["outcomes"][-len(latest) :], latest)
+    assert not torch.equal(first["earned"], second["earned"]) and first["start"] == second["start"]
+    assert first["start"].item() == pytest.approx(np.quantile(first["outcomes"].double().numpy(), 0.25))
+    (folder,) = (tmp_path / "runs").iterdir()
+    *accounts, outcomes = Run(folder).model["account"]
+    assert torch.equal(outcomes, first["outcomes"])
+    for name, found in zip(("budget", "bars", "earned"), accounts):
+        assert torch.equal(found, torch.cat([first["account"][name], second["account"][name]])), name
+
+
 # --- resume, other environments, what goes wrong
 
 
@@ -523,7 +578,7 @@ def test_a_resumed_run_ends_with_the_same_bits(script, inside, options, monkeypa
         assert torch.equal(g["agent"].state_dict()[name], value), name
     for name in ("budget", "bars", "earned"):
         assert torch.equal(getattr(g["account"], name), getattr(whole["account"], name)), name
-    assert torch.equal(g["outcomes"], whole["outcomes"]) and len(g["outcomes"])
+    assert torch.equal(g["outcomes"], whole["outcomes"]) and (len(g["outcomes"]) > 0) == g["static"]
     assert g["run"]["outcomes"] == whole["run"]["outcomes"]
 
 
