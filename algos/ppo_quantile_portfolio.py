@@ -249,25 +249,26 @@ def gathered(x):
 class Captured:
     """A function without arguments, whose work on the GPU is recorded as a CUDA graph, and replayed from its fourth call on.
 
-    Its first two calls are ordinary ones, beside torch's current stream: they compile, and allocate what stays. The third
-    one records and replays. So it must do the same work on the same memory each time; what it returns is that memory.
+    Its first two calls are ordinary ones, on a stream beside torch's current one: they compile, and allocate what stays. The
+    third one records there, and replays. So it must do the same work on the same memory each time; what it returns is that
+    memory.
     """
 
     def __init__(self, function):
         self.function, self.calls, self.graph, self.result = function, 0, None, None
+        self.beside = torch.cuda.Stream()
 
     def __call__(self):
         if self.graph is None and self.calls < 2:
             self.calls += 1
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+            self.beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.beside):
                 self.result = self.function()
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(self.beside)
             return self.result
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
+            self.graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL has threads of its own
+            with torch.cuda.graph(self.graph, stream=self.beside, capture_error_mode=mode):
                 self.result = self.function()
         self.graph.replay()
         return self.result
@@ -323,7 +324,7 @@ class FastTanh(torch.autograd.Function):
 
 class Tanh(nn.Module):
     def forward(self, x):
-        return FastTanh.apply(x)
+        return FastTanh.apply(x) if x.device.type == "cpu" else x.tanh()
 
 
 class Agent(nn.Module):
@@ -841,7 +842,8 @@ if __name__ == "__main__":
 
     if args.compile:
         torch._inductor.config.fallback_random = True  # the random numbers of eager mode
-        choose, quantiles_of, accumulate, objective = map(torch.compile, (choose, quantiles_of, accumulate, objective))
+        functions = choose, quantiles_of, accumulate, objective
+        choose, quantiles_of, accumulate, objective = (torch.compile(function, dynamic=False) for function in functions)
 
     # The three parts of an iteration, on the storage above: --cudagraphs records each of them
     def rollout():
