@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ import numba
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from gymnasium.vector import AutoresetMode
@@ -40,6 +42,7 @@ from tqdm import tqdm
 import envs  # noqa: F401  (registers Portfolio-v0)
 from envs import dataset, dataset_writer, ledger, portfolio_references
 from envs.costs import RUIN
+from envs.device import unavailable
 from envs.portfolio import RegimeGuard
 from envs.portfolio_tables import PortfolioConfig, PortfolioData
 from envs.synthetic import load_market
@@ -57,7 +60,15 @@ class Args:
     torch_deterministic: bool = True
     """use deterministic algorithms, so that the same seed on the same machine gives the same bits"""
     cuda: bool = True
-    """run the networks on a GPU where there is one"""
+    """run networks and markets on a GPU where there is one; under torchrun on one GPU for each process"""
+    market_device: str = "auto"
+    """where the markets run: auto (with the networks), cpu or cuda"""
+    compile: bool = False
+    """compile what is computed of rollout, advantages and update with torch.compile"""
+    cudagraphs: bool = False
+    """with everything on a GPU: record rollout, advantages and update once, and replay them without the host"""
+    amp: bool = False
+    """on a GPU: networks in bfloat16, where autocast finds it safe"""
     num_threads: int = 0
     """CPU threads of torch and of the market kernels (0: all cores this process may use)"""
     track: bool = False
@@ -212,6 +223,57 @@ AVERSE = dict(num_minibatches=16)
 STATIC = dict(gamma=1.0, gae_lambda=1.0)
 
 
+def processes():
+    """Of this run: 1, or as many as torchrun has started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average(x):
+    """The mean of a tensor over all processes, in its place."""
+    if processes() > 1:
+        dist.all_reduce(x)
+        x /= processes()
+    return x
+
+
+def gathered(x):
+    """The rows of a tensor of all processes, one below the other."""
+    if processes() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    if x.numel():
+        dist.all_gather([part.view(torch.uint8) for part in parts], x.contiguous().view(torch.uint8))
+    return torch.cat(parts)
+
+
+class Captured:
+    """A function without arguments, whose work on the GPU is recorded as a CUDA graph, and replayed from its fourth call on.
+
+    Its first two calls are ordinary ones, on a stream beside torch's current one: they compile, and allocate what stays. The
+    third one records there, and replays. So it must do the same work on the same memory each time; what it returns is that
+    memory.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph, self.result = function, 0, None, None
+        self.beside = torch.cuda.Stream()
+
+    def __call__(self):
+        if self.graph is None and self.calls < 2:
+            self.calls += 1
+            self.beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.beside):
+                self.result = self.function()
+            torch.cuda.current_stream().wait_stream(self.beside)
+            return self.result
+        if self.graph is None:
+            self.graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL has threads of its own
+            with torch.cuda.graph(self.graph, stream=self.beside, capture_error_mode=mode):
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
 class RunningNorm(nn.Module):
     """Standardises observations by the mean and variance of all seen so far; part of the model, saved with it."""
 
@@ -222,15 +284,17 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, x):
-        delta, var = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        for part in x.split(1024):  # parts that stay in the cache
+        moments = torch.zeros((2, len(self.mean)), dtype=torch.float64, device=x.device)
+        for part in x.split(1024 if x.device.type == "cpu" else 2**20):  # parts that stay in the cache, or fit beside it
             centred = part - self.mean.float()
-            delta += centred.sum(dim=0, dtype=torch.float64) / len(x)
-            var += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
-        var.sub_(delta**2).clamp_(min=0.0)
-        total = self.count + len(x)
-        self.var.copy_((self.var * self.count + var * len(x) + delta**2 * self.count * len(x) / total) / total)
-        self.mean.add_(delta * len(x) / total)
+            moments[0] += centred.sum(dim=0, dtype=torch.float64) / len(x)
+            moments[1] += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
+        delta, var = average(moments)
+        number = len(x) * processes()
+        var = var.sub(delta**2).clamp_(min=0.0)
+        total = self.count + number
+        self.var.copy_((self.var * self.count + var * number + delta**2 * self.count * number / total) / total)
+        self.mean.add_(delta * number / total)
         self.count.copy_(total)
 
     def forward(self, x):
@@ -260,7 +324,7 @@ class FastTanh(torch.autograd.Function):
 
 class Tanh(nn.Module):
     def forward(self, x):
-        return FastTanh.apply(x)
+        return FastTanh.apply(x) if x.device.type == "cpu" else x.tanh()
 
 
 class Agent(nn.Module):
@@ -340,10 +404,10 @@ def iterated_advantage(outcomes, quantiles, alpha):
     """(...) VaR - (VaR - y)+ / alpha - CVaR of outcomes y (...), VaR and CVaR those of quantiles (..., N) in order.
 
     The factor of grad log pi in the gradient of CVaR_alpha[y] (Tamar et al. 2015): with VaR subtracted inside, and no
-    other number, it is right; its mean under the quantiles is 0.
+    other number, it is right; its mean under the quantiles is 0. alpha: () float64.
     """
-    last = int(np.ceil(alpha * quantiles.shape[-1] - 1e-9)) - 1
-    at_risk = quantiles[..., last]
+    last = (alpha * quantiles.shape[-1] - 1e-9).ceil().long() - 1
+    at_risk = quantiles.index_select(-1, last.view(1)).squeeze(-1)
     return at_risk - (at_risk - outcomes).clamp(min=0.0) / alpha - cvar(quantiles, alpha)
 
 
@@ -359,15 +423,15 @@ def coverage(quantiles, outcomes, level):
 class Account:
     """What --risk static adds to the state, of n markets: the budget left, in scaled rewards, and the share of the horizon.
 
-    horizon: bars; None: nothing is added. outcomes: what each finished horizon has earned, in scaled rewards.
+    horizon: bars; None: nothing is added. A bar changes it in place, so that it can be recorded.
     """
 
     def __init__(self, horizon):
         self.horizon = horizon
 
-    def restart(self, num_envs, budget):
-        self.budget, self.outcomes = torch.full((num_envs,), float(budget)), []
-        self.bars, self.earned = torch.zeros(num_envs), torch.zeros(num_envs)
+    def restart(self, num_envs, budget, device="cpu"):
+        self.budget = torch.full((num_envs,), float(budget), device=device)
+        self.bars, self.earned = torch.zeros_like(self.budget), torch.zeros_like(self.budget)
 
     def state(self):
         """(n, 2), or (n, 0)"""
@@ -377,28 +441,29 @@ class Account:
 
     def spend(self, rewards, over, budget):
         """One bar: scaled rewards (n,); over (n,) bool: the episode has ended. Returns where an outcome is complete (n,) bool:
-        there, or at the end of a horizon; the next one starts with `budget`."""
+        there, or at the end of a horizon, and what it has earned (n,); the next one starts with `budget` ()."""
         if self.horizon is None:
-            return over
-        over = over | (self.bars == self.horizon - 1)
-        self.earned += rewards
-        self.outcomes += self.earned[over].tolist()
-        self.budget = torch.where(over, torch.full_like(rewards, float(budget)), self.budget - rewards)
-        self.bars, self.earned = torch.where(over, 0.0, self.bars + 1.0), torch.where(over, 0.0, self.earned)
-        return over
+            return over, self.earned
+        over, earned = over | (self.bars == self.horizon - 1), self.earned + rewards
+        self.budget.copy_(torch.where(over, budget.to(over.device), self.budget - rewards))
+        self.bars.add_(1.0).masked_fill_(over, 0.0)
+        self.earned.copy_(earned.masked_fill(over, 0.0))
+        return over, earned
 
 
 def joined(observation, state):
     return torch.cat([observation, state], dim=-1) if state.shape[-1] else observation
 
 
-def make_envs(args, splits, options):
+def make_envs(args, splits, options, device="cpu"):
     """Training environments: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
     if args.env_id != MARKET_ENV:
         return gym.make_vec(
             args.env_id, args.num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
         )
-    return gym.make_vec(MARKET_ENV, args.num_envs, split=splits["train"], episode_length=args.episode_length, **options)
+    return gym.make_vec(
+        MARKET_ENV, args.num_envs, split=splits["train"], episode_length=args.episode_length, device=device, **options
+    )  # fmt: skip
 
 
 def save_checkpoint(path, content):
@@ -424,7 +489,7 @@ if __name__ == "__main__":
         run_dir = Path(args.resume)
         if not (run_dir / "model.pt").is_file():
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
-        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        checkpoint = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
         saved = checkpoint["args"]
         nested = {"portfolio": PortfolioConfig(**saved["portfolio"]), "guard": RegimeGuard(**saved["guard"])}
         args = Args(**{**saved, **nested, "resume": args.resume})
@@ -454,12 +519,16 @@ if __name__ == "__main__":
         sys.exit(f"--log-dataset {args.log_dataset}: expected none with --risk static: its policy sees a budget that data lack")
     is_market = args.env_id == MARKET_ENV
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
-    batch_size = args.num_envs * args.num_steps
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # under torchrun
+    if args.num_envs % world_size:
+        sys.exit(f"--num-envs {args.num_envs}: expected a multiple of the {world_size} processes")
+    num_envs = args.num_envs // world_size
+    batch_size = num_envs * args.num_steps  # of this process
     minibatch_size = batch_size // args.num_minibatches
-    num_iterations = max(1, args.total_timesteps // batch_size)
+    num_iterations = max(1, args.total_timesteps // (batch_size * world_size))
     if args.num_minibatches > batch_size:
         sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {batch_size}, the steps of a rollout")
-    if risk != "neutral" and minibatch_size * args.cvar_alpha < 20:  # only the tail informs
+    if risk != "neutral" and minibatch_size * world_size * args.cvar_alpha < 20:  # only the tail informs
         sys.exit(f"--num-minibatches {args.num_minibatches}: {minibatch_size} steps each; expected 20 / --cvar-alpha at least")
 
     # Seed, threads, device
@@ -469,7 +538,32 @@ if __name__ == "__main__":
     numba.get_num_threads()  # starts Numba's, which changes the number of torch's: so before the next line
     torch.set_num_threads(args.num_threads)
     risk_aversion = 1.0 + 2.0 * args.penalty_variance
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() and args.cuda else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    missing = None if device.type == "cuda" else "no CUDA device" if args.cuda else "--no-cuda"
+    print(f"device  {device}{f' ({missing})' if missing else ''}{f', {world_size} processes' if world_size > 1 else ''}")
+    for flag in ("amp", "cudagraphs"):
+        if missing and getattr(args, flag):
+            print(f"--{flag}: {missing}; left out")
+            setattr(args, flag, False)
+    if args.market_device not in ("auto", "cpu", "cuda"):
+        sys.exit(f"--market-device {args.market_device}: expected auto, cpu or cuda")
+    market_device = args.market_device if is_market else "cpu"
+    if market_device == "auto":
+        reason = None if missing else unavailable(str(device))
+        if reason:
+            print(f"markets on the CPU: {reason}")
+        market_device = "cpu" if missing or reason else str(device)
+    on_gpu = market_device != "cpu"
+    if args.cudagraphs and not on_gpu:
+        sys.exit("--cudagraphs: expected markets on the GPU (Portfolio-v0 and --market-device auto or cuda)")
+    if rank > 0:  # this process does all that the first one does, so that it decides alike, but keeps nothing of it
+        scratch = tempfile.TemporaryDirectory()
+        args.runs_dir, args.track, args.log_dataset = scratch.name, False, None
+        sys.stdout = open(os.devnull, "w")
 
     # Market: panel, splits, tables; what is wrong with them is said in one line
     data, splits, env_options = None, None, None
@@ -498,7 +592,7 @@ if __name__ == "__main__":
             )  # fmt: skip
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"costs   {data.costs.describe()}")
-        train_envs = make_envs(args, splits, env_options)
+        train_envs = make_envs(dataclasses.replace(args, num_envs=num_envs), splits, env_options, market_device)
         if not isinstance(train_envs.single_action_space, gym.spaces.Box):
             raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected continuous actions")
         horizon = args.horizon if is_market else train_envs.spec.max_episode_steps
@@ -510,52 +604,77 @@ if __name__ == "__main__":
         sys.exit(f"{type(error).__name__}: {error}")
     num_actions = int(np.prod(train_envs.single_action_space.shape))
     lowest, highest = train_envs.single_action_space.low, train_envs.single_action_space.high
+    lowest_score, highest_score = (torch.as_tensor(bound).to(device) for bound in (lowest, highest))
     obs_size = int(np.prod(train_envs.single_observation_space.shape))
     state_size = obs_size + 2 * static
     agent = Agent(state_size, num_actions, args.log_std, args.num_quantiles).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    on_cuda = device.type == "cuda"  # captured or not: a rate in memory is rounded to float32
+    rate = torch.tensor(args.learning_rate, device=device) if on_cuda else args.learning_rate
+    optimizer = torch.optim.Adam(agent.parameters(), lr=rate, eps=1e-5, fused=True, capturable=on_cuda)
+    if world_size > 1:
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, rank)).generate_state(1)[0]))  # now every process by itself
 
-    # Storage on the host: the market kernels write observations straight into it
-    obs = torch.zeros((args.num_steps + 1, args.num_envs, obs_size))
-    rewards = torch.zeros((args.num_steps, args.num_envs))
+    # Storage where the markets are: their kernels write observations straight into it
+    place = device if on_gpu else "cpu"
+    obs = torch.zeros((args.num_steps + 1, num_envs, obs_size), device=place)
+    rewards = torch.zeros((args.num_steps, num_envs), device=place)
     terminated, done = torch.zeros_like(rewards, dtype=torch.bool), torch.zeros_like(rewards, dtype=torch.bool)
-    state = torch.zeros((args.num_steps + 1, args.num_envs, 2 * static))  # budget, and how much of the horizon is left
-    x = torch.zeros((args.num_steps + 1, args.num_envs, state_size), device=device)  # both, normalised
-    actions = torch.zeros((args.num_steps, args.num_envs, num_actions), device=device)
-    logprobs = torch.zeros((args.num_steps, args.num_envs), device=device)
-    advantages = torch.zeros_like(logprobs)
+    state = torch.zeros((args.num_steps + 1, num_envs, 2 * static), device=place)  # budget, and how much of the horizon is left
+    complete, earned = torch.zeros_like(done), torch.zeros_like(rewards)  # outcomes, and what those have earned
+    x = torch.zeros((args.num_steps + 1, num_envs, state_size), device=device)  # observations and state, normalised
+    actions = torch.zeros((args.num_steps, num_envs, num_actions), device=device)
+    logprobs, values = torch.zeros((args.num_steps, num_envs), device=device), torch.zeros(x.shape[:2], device=device)
+    quantiles = torch.zeros((*x.shape[:2], args.num_quantiles), device=device)
+    final_quantiles = torch.zeros_like(quantiles[1:])  # of the last observation of an episode that ended at this step
+    targets = torch.zeros_like(quantiles[1:, :, :1] if risk == "iterated" else quantiles[1:])
+    advantages, returns = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
     mb_x = torch.zeros((minibatch_size, state_size), device=device)
     mb_actions = torch.zeros((minibatch_size, num_actions), device=device)
+    index = torch.zeros(minibatch_size, dtype=torch.int64, device=device)  # of the minibatch, in the rollout
 
     # Start, or go on from the checkpoint
     global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
-    episode_return, recent_returns = np.zeros(args.num_envs), []
-    account = Account(horizon if static else None)
-    account.restart(args.num_envs, agent.budget)
-    first_obs, _ = train_envs.reset(seed=args.seed)
-    obs[0] = torch.as_tensor(first_obs.reshape(args.num_envs, -1))
+    episode_return, recent_returns = np.zeros(num_envs), []
+    ended_return = torch.zeros_like(rewards, dtype=torch.float64)  # on a GPU: that of an episode at the step that it ended at
+    if on_gpu:
+        episode_return = torch.zeros(num_envs, device=device, dtype=torch.float64)
+    account, outcomes = Account(horizon if static else None), torch.zeros(0, device=place)
+    account.restart(num_envs, agent.budget, place)
+    alpha = torch.tensor(args.cvar_alpha, dtype=torch.float64, device=device)  # in memory: what is captured sees it change
+    first_obs, _ = train_envs.reset(seed=args.seed + rank * num_envs)
+    obs[0] = torch.as_tensor(first_obs.reshape(num_envs, -1))
     if checkpoint:
         if not is_market:
             sys.exit(f"--resume {args.resume}: {args.env_id} cannot save its state; expected a run of {MARKET_ENV}")
+        if (number := checkpoint.get("processes", 1)) != world_size:
+            sys.exit(f"--resume {args.resume}: a run of {number} processes; expected as many, not {world_size}")
+
+        def own(rows):
+            return rows.chunk(world_size)[rank].clone()
+
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
+        optimizer.param_groups[0]["lr"] = rate  # in the form that this run needs
+        torch.set_rng_state(own(checkpoint["rng"]))
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        train_envs.unwrapped.set_state({k: v.numpy() for k, v in checkpoint["envs"].items()})
-        obs[0] = checkpoint["obs"]
-        episode_return, recent_returns = checkpoint["episode_return"].numpy(), checkpoint["recent_returns"]
-        account.budget, account.bars, account.earned, account.outcomes = checkpoint["account"]
+            torch.cuda.set_rng_state(own(checkpoint["cuda_rng"]))
+        train_envs.unwrapped.set_state({k: own(v).numpy() for k, v in checkpoint["envs"].items()})
+        obs[0] = own(checkpoint["obs"])
+        episode_return[:] = own(checkpoint["episode_return"]).to(place) if on_gpu else own(checkpoint["episode_return"]).numpy()
+        recent_returns = checkpoint["recent_returns"]
+        account.budget, account.bars, account.earned = (own(part).to(place) for part in checkpoint["account"][:3])
+        outcomes = torch.as_tensor(checkpoint["account"][3], device=place)
         best_score, best_model = checkpoint["best_score"], checkpoint["best_model"]
         first_iteration, evals_since_best = checkpoint["iteration"] + 1, checkpoint["evals_since_best"]
         global_step, train_seconds = checkpoint["global_step"], checkpoint["train_seconds"]
         print(f"resume  {run_dir} after iteration {checkpoint['iteration']}")
+        run_dir = run_dir if rank == 0 else Path(args.runs_dir)
     else:
         run_dir = ledger.new_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)
     run = {
         "status": "running", "env_id": args.env_id, "args": dataclasses.asdict(args),
-        **ledger.provenance(__file__, str(device)), "trials": 1,
+        **ledger.provenance(__file__, str(device)), "trials": 1, "processes": world_size,
     }  # fmt: skip
     if is_market:
         run |= {"panel": ledger.describe_panel(panel, splits), "market": data.describe()}
@@ -657,129 +776,198 @@ if __name__ == "__main__":
         episodes = make_envs(dataclasses.replace(args, num_envs=min(64, args.log_episodes)), splits, env_options)
         dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed, timestamps)
 
-    log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
-    scored = "val_utility" if risk == "neutral" else "val_cvar"
-    started, failure = time.time(), None
-    progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
-    for iteration in range(first_iteration, num_iterations + 1):
-        tick = time.perf_counter()
-        alpha = args.cvar_alpha ** min(1.0, iteration / max(1.0, args.anneal_alpha * num_iterations))
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+    # What is computed, as functions of tensors: --compile compiles each of them
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
-        # Rollout
-        finals, finished_returns = [], []
-        for step in range(args.num_steps):
-            with torch.no_grad():
-                state[step] = account.state()
-                x[step] = agent.norm(joined(obs[step], state[step]).to(device))
-                mean = agent.actor(x[step])
-                actions[step] = mean + agent.log_std.exp() * torch.randn_like(mean)  # kept as drawn: the market gets it clipped
-                logprobs[step] = agent.log_prob(mean, actions[step])
-            action = actions[step].cpu().numpy().clip(lowest, highest)
-            if is_market:
-                _, reward, term, trunc, infos = train_envs.step(action, out=obs[step + 1].numpy())
+    def choose(observation):
+        """Normalised observations (n, D), scores (n, A) drawn from the policy, and their log-densities (n,)."""
+        with torch.no_grad(), autocast():
+            normalised = agent.norm(observation)
+            mean = agent.actor(normalised).float()
+            action = mean + agent.log_std.exp() * torch.randn_like(mean)  # kept as drawn: the market gets it clipped
+            return normalised, action, agent.log_prob(mean, action)
+
+    def quantiles_of(normalised):
+        with torch.no_grad(), autocast():
+            return agent.quantiles(normalised).float()
+
+    def accumulate(quantiles, final_quantiles, alpha, state, rewards, terminated, over):
+        """Advantages (T, n), values (T + 1, n), and targets (T, n, M) in order. A finished episode is followed by its own last
+        observation, never by the first of the next one: its quantiles are bootstrapped where the window was cut (truncation),
+        not where the account was ruined. With a budget nothing follows the end of a horizon, which is `over` too."""
+        next_quantiles = torch.where(over.unsqueeze(2), final_quantiles, quantiles[1:])
+        next_quantiles *= ~(over if static else terminated).unsqueeze(2)
+        scaled, carry = args.reward_scale * rewards, args.gamma * args.gae_lambda * ~over
+        if risk == "iterated":
+            outcomes = scaled + args.gamma * cvar(next_quantiles, alpha)
+            values, targets = cvar(quantiles, alpha), outcomes.unsqueeze(2)
+            deltas, carry = iterated_advantage(outcomes, quantiles[:-1], alpha), torch.zeros_like(carry)
+        else:
+            keep = torch.rand(next_quantiles.shape, device=device) < args.gae_lambda
+            targets = replaced(scaled, next_quantiles, over, args.gamma, keep).sort(dim=2).values
+            if static:
+                budget = state[..., 0]
+                values = -shortfall(budget, quantiles, alpha)
+                deltas = -shortfall(budget[:-1] - scaled, next_quantiles, alpha) - values[:-1]
             else:
-                next_obs, reward, term, trunc, infos = train_envs.step(action.reshape(train_envs.action_space.shape))
-                obs[step + 1] = torch.as_tensor(next_obs.reshape(args.num_envs, -1))
-            rewards[step] = torch.as_tensor(reward)
-            terminated[step] = torch.as_tensor(term)
-            over = term | trunc
-            done[step] = account.spend(args.reward_scale * rewards[step], torch.as_tensor(over), agent.budget)
-            episode_return += reward
-            if over.any():
-                ended = np.flatnonzero(over)
-                finals.append((step, ended, np.stack(infos["final_obs"][ended]).reshape(len(ended), -1)))
-                finished_returns.extend(episode_return[ended].tolist())
-                episode_return[ended] = 0.0
-        global_step += batch_size
-        recent_returns = (recent_returns + finished_returns)[-100:]
+                values = quantiles.mean(dim=2)
+                deltas = scaled + args.gamma * next_quantiles.mean(dim=2) - values[:-1]
+        running, found = torch.zeros(num_envs, device=device), []
+        for step in reversed(range(args.num_steps)):
+            running = deltas[step] + carry[step] * running
+            found.append(running)
+        return torch.stack(found[::-1]), values, targets
 
-        # Advantages. A finished episode is followed by its own last observation, never by the first of the next one: its
-        # quantiles are bootstrapped where the window was cut (truncation), not where the account was ruined. With a budget
-        # nothing follows the end of a horizon.
+    def objective(x, action, old_logprob, advantage, target):
+        """The loss of a minibatch, its parts that are watched (5,), and ratio, entropy and new quantiles."""
+        with autocast():
+            mean, new_quantiles = agent.actor(x).float(), agent.critic(x).float()
+        new_logprob, entropy = agent.log_prob(mean, action), agent.entropy()
+        logratio = new_logprob - old_logprob
+        ratio = logratio.exp()
+        if args.norm_adv:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        pg_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
+
+        v_loss = quantile_loss(new_quantiles, target)
+
+        loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+        with torch.no_grad():
+            approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
+            clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            watched = torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction])
+        return loss, watched, ratio, entropy, new_quantiles
+
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the random numbers of eager mode
+        functions = choose, quantiles_of, accumulate, objective
+        choose, quantiles_of, accumulate, objective = (torch.compile(function, dynamic=False) for function in functions)
+
+    # The three parts of an iteration, on the storage above: --cudagraphs records each of them
+    def rollout():
+        """Every market's next --num-steps bars, all of it on the GPU."""
+        for step in range(args.num_steps):
+            state[step] = account.state()
+            x[step], actions[step], logprobs[step] = choose(joined(obs[step], state[step]))
+            clipped = actions[step].clamp(lowest_score, highest_score)
+            _, reward, term, trunc, infos = train_envs.unwrapped.step(clipped, out=obs[step + 1])
+            rewards[step], terminated[step] = reward, term
+            torch.logical_or(term, trunc, out=done[step])
+            complete[step], earned[step] = account.spend(args.reward_scale * rewards[step], done[step], agent.budget)
+            if not static:
+                final_quantiles[step] = quantiles_of(agent.norm(infos["final_obs"]))
+            episode_return.add_(reward)
+            ended_return[step] = episode_return
+            episode_return.mul_(~done[step])
+
+    def estimate_advantages():
         with torch.no_grad():
             state[-1] = account.state()
             x[-1] = agent.norm(joined(obs[-1], state[-1]).to(device))
-            quantiles = agent.quantiles(x.flatten(0, 1)).view(args.num_steps + 1, args.num_envs, -1)
-            next_quantiles = quantiles[1:].clone()
+        quantiles.copy_(quantiles_of(x.flatten(0, 1)).view(quantiles.shape))
+        stored = (part.to(device) for part in (state, rewards, terminated, complete))
+        for storage, found in zip((advantages, values, targets), accumulate(quantiles, final_quantiles, alpha, *stored)):
+            storage.copy_(found)
+        torch.add(advantages, values[:-1], out=returns)
+
+    def update():
+        """A step of the optimiser on the rows `index` of the rollout; what `objective` returns."""
+        torch.index_select(x[:-1].flatten(0, 1), 0, index, out=mb_x)
+        torch.index_select(actions.flatten(0, 1), 0, index, out=mb_actions)
+        samples = targets.flatten(0, 1)[index]
+        found = objective(mb_x, mb_actions, *(rows.flatten()[index] for rows in (logprobs, advantages)), samples)
+        optimizer.zero_grad()
+        found[0].backward()
+        if world_size > 1:
+            gradients = [p.grad for p in agent.parameters()]
+            together = average(torch.cat([g.flatten() for g in gradients]))
+            for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients])):
+                gradient.copy_(mean.view_as(gradient))
+        for part in ([*agent.actor.parameters(), agent.log_std], agent.critic.parameters()):
+            nn.utils.clip_grad_norm_(part, args.max_grad_norm, foreach=True)
+        optimizer.step()
+        return tuple(part.detach() for part in found)
+
+    def normalise():
+        agent.norm.update(joined(obs[:-1], state[:-1]).flatten(0, 1).to(device))
+
+    if args.cudagraphs:
+        rollout, estimate_advantages, update, normalise = map(Captured, (rollout, estimate_advantages, update, normalise))
+
+    log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
+    scored = "val_utility" if risk == "neutral" else "val_cvar"
+    started, failure = time.time(), None
+    steps = batch_size * world_size
+    progress = tqdm(
+        total=num_iterations * steps, initial=global_step, unit="step", unit_scale=True, mininterval=0.5, disable=rank > 0
+    )
+    for iteration in range(first_iteration, num_iterations + 1):
+        tick = time.perf_counter()
+        alpha.fill_(args.cvar_alpha ** min(1.0, iteration / max(1.0, args.anneal_alpha * num_iterations)))
+        if args.anneal_lr:
+            annealed = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+            optimizer.param_groups[0]["lr"] = rate.fill_(annealed) if on_cuda else annealed
+
+        # Rollout
+        if on_gpu:
+            rollout()
+            finished_returns = ended_return[done][-100:].tolist()
+        else:
+            finals, finished_returns = [], []
+            for step in range(args.num_steps):
+                state[step] = account.state()
+                x[step], actions[step], logprobs[step] = choose(joined(obs[step], state[step]).to(device))
+                action = actions[step].cpu().numpy().clip(lowest, highest)
+                if is_market:
+                    _, reward, term, trunc, infos = train_envs.step(action, out=obs[step + 1].numpy())
+                else:
+                    next_obs, reward, term, trunc, infos = train_envs.step(action.reshape(train_envs.action_space.shape))
+                    obs[step + 1] = torch.as_tensor(next_obs.reshape(num_envs, -1))
+                rewards[step] = torch.as_tensor(reward)
+                terminated[step] = torch.as_tensor(term)
+                over = term | trunc
+                done[step] = torch.as_tensor(over)
+                complete[step], earned[step] = account.spend(args.reward_scale * rewards[step], done[step], agent.budget)
+                episode_return += reward
+                if over.any():
+                    ended = np.flatnonzero(over)
+                    finals.append((step, ended, np.stack(infos["final_obs"][ended]).reshape(len(ended), -1)))
+                    finished_returns.extend(episode_return[ended].tolist())
+                    episode_return[ended] = 0.0
             if finals and not static:
                 final_obs = torch.as_tensor(np.concatenate([f for _, _, f in finals]), dtype=torch.float32)
                 at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _ in finals]))
                 at_env = torch.as_tensor(np.concatenate([i for _, i, _ in finals]))
-                next_quantiles[at_step, at_env] = agent.quantiles(agent.norm(final_obs.to(device)))
-            over, scaled = done.to(device), args.reward_scale * rewards.to(device)
-            next_quantiles *= ~(over if static else terminated.to(device)).unsqueeze(2)
-            carry = args.gamma * args.gae_lambda * ~over
-            if risk == "iterated":
-                outcomes = scaled + args.gamma * cvar(next_quantiles, alpha)
-                values, targets = cvar(quantiles, alpha), outcomes.unsqueeze(2)
-                deltas, carry = iterated_advantage(outcomes, quantiles[:-1], alpha), torch.zeros_like(carry)
-            else:
-                keep = torch.rand(next_quantiles.shape, device=device) < args.gae_lambda
-                targets = replaced(scaled, next_quantiles, over, args.gamma, keep).sort(dim=2).values
-                if static:
-                    budget = state[..., 0].to(device)
-                    values = -shortfall(budget, quantiles, alpha)
-                    deltas = -shortfall(budget[:-1] - scaled, next_quantiles, alpha) - values[:-1]
-                else:
-                    values = quantiles.mean(dim=2)
-                    deltas = scaled + args.gamma * next_quantiles.mean(dim=2) - values[:-1]
-            running = torch.zeros(args.num_envs, device=device)
-            for step in reversed(range(args.num_steps)):
-                running = deltas[step] + carry[step] * running
-                advantages[step] = running
-            returns = advantages + values[:-1]
+                with torch.no_grad(), autocast():  # never compiled: their number varies
+                    final_quantiles[at_step, at_env] = agent.quantiles(agent.norm(final_obs.to(device))).float()
+        global_step += steps
+        recent_returns = (recent_returns + finished_returns)[-100:]
 
-        # Update
-        b_x, b_actions, b_logprobs = x[:-1].flatten(0, 1), actions.flatten(0, 1), logprobs.flatten()
-        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values[:-1].flatten()
-        b_targets = targets.flatten(0, 1)
-        statistics, updates = torch.zeros(5, device=device), 0
-        stop_update = False
+        # Advantages and update
+        estimate_advantages()
+        statistics, updates, stop_update = torch.zeros(5, device=device), 0, False
         for _ in range(args.update_epochs):
-            order = torch.randperm(batch_size).to(device)
+            order = torch.randperm(batch_size, device=device)
             for start in range(0, minibatch_size * args.num_minibatches, minibatch_size):
-                index = order[start : start + minibatch_size]
-                torch.index_select(b_x, 0, index, out=mb_x)
-                torch.index_select(b_actions, 0, index, out=mb_actions)
-                new_logprob = agent.log_prob(agent.actor(mb_x), mb_actions)
-                entropy = agent.entropy()
-                logratio = new_logprob - b_logprobs[index]
-                ratio = logratio.exp()
-
-                mb_advantages = b_advantages[index]
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped).mean()
-
-                new_quantiles = agent.critic(mb_x)
-                v_loss = quantile_loss(new_quantiles, b_targets[index])
-
-                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-                optimizer.zero_grad()
-                loss.backward()
-                for part in ([*agent.actor.parameters(), agent.log_std], agent.critic.parameters()):
-                    nn.utils.clip_grad_norm_(part, args.max_grad_norm, foreach=True)
-                optimizer.step()
-                with torch.no_grad():
-                    approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
-                    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    statistics += torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction])
-                    updates += 1
-                if args.target_kl is not None and approx_kl.item() > args.target_kl:
+                index.copy_(order[start : start + minibatch_size])
+                loss, watched, ratio, entropy, new_quantiles = update()
+                statistics += watched
+                updates += 1
+                if args.target_kl is not None and average(watched[3].clone()).item() > args.target_kl:
                     stop_update = True
                     break
             if stop_update:
                 break
-        seen = joined(obs[:-1], state[:-1]).flatten(0, 1)
-        agent.norm.update(seen.to(device))  # after the update: the first ratio is exactly 1
-        if static and account.outcomes:
-            account.outcomes = account.outcomes[-max(int(done.sum()), int(50 / args.cvar_alpha)) :]
-            agent.budget.fill_(np.quantile(account.outcomes, alpha))
+        normalise()  # after the update: the first ratio is exactly 1
+        if static:
+            finished = gathered(earned)[gathered(complete)]
+            outcomes = torch.cat([outcomes, finished])[-max(len(finished), int(50 / args.cvar_alpha)) :]
+            if len(outcomes):
+                agent.budget.fill_(np.quantile(outcomes.double().cpu().numpy(), alpha.item()))
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-        losses = dict(zip(names, (statistics / updates).tolist()))
+        losses = dict(zip(names, (average(statistics) / updates).tolist()))
         train_seconds += time.perf_counter() - tick
 
         # Fail-safe: stop cleanly, and say where
@@ -791,13 +979,13 @@ if __name__ == "__main__":
 
         # Logging
         sps = int(global_step / train_seconds)
-        explained = 1 - (b_returns - b_values).var() / b_returns.var()
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        explained = 1 - (returns - values[:-1]).var() / returns.var()
+        writer.add_scalar("charts/learning_rate", float(optimizer.param_groups[0]["lr"]), global_step)
         writer.add_scalar("charts/SPS", sps, global_step)
         writer.add_scalar("losses/explained_variance", explained.item(), global_step)
         writer.add_scalar("losses/log_std", agent.log_std.mean().item(), global_step)
         if risk != "neutral":
-            writer.add_scalar("charts/cvar_alpha", alpha, global_step)
+            writer.add_scalar("charts/cvar_alpha", alpha.item(), global_step)
         if static:
             writer.add_scalar("charts/budget", agent.budget.item(), global_step)
         for name, value in losses.items():
@@ -806,7 +994,7 @@ if __name__ == "__main__":
             writer.add_scalar("charts/episodic_return", np.mean(finished_returns), global_step)
         latest = f"{np.mean(recent_returns):.4g}" if recent_returns else "-"
         progress.set_postfix_str(f"{sps} steps/s, return {latest}", refresh=False)
-        progress.update(batch_size)
+        progress.update(steps)
 
         # Validation: choose the model here, never on the test split
         if is_market and (iteration % args.eval_every == 0 or iteration == num_iterations):
@@ -822,15 +1010,17 @@ if __name__ == "__main__":
         if iteration in log_after or (stop_early and num_iterations in log_after):
             log_dataset(iteration)
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
+            envs_state = train_envs.unwrapped.get_state() if is_market else {}
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "iteration": num_iterations if stop_early else iteration,
-                "global_step": global_step, "train_seconds": train_seconds,
-                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-                "envs": {k: torch.as_tensor(v) for k, v in train_envs.unwrapped.get_state().items()} if is_market else None,
-                "obs": obs[-1], "episode_return": torch.as_tensor(episode_return),
-                "recent_returns": recent_returns, "account": (account.budget, account.bars, account.earned, account.outcomes),
-                "best_score": best_score, "best_model": best_model,
+                "global_step": global_step, "train_seconds": train_seconds, "processes": world_size,
+                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": gathered(torch.get_rng_state()),
+                "cuda_rng": gathered(torch.cuda.get_rng_state()) if device.type == "cuda" else None,
+                "envs": {k: gathered(torch.as_tensor(v)) for k, v in envs_state.items()} if is_market else None,
+                "obs": gathered(obs[-1]),
+                "episode_return": gathered(torch.as_tensor(episode_return)),
+                "account": (*map(gathered, (account.budget, account.bars, account.earned)), outcomes),
+                "recent_returns": recent_returns, "best_score": best_score, "best_model": best_model,
                 "evals_since_best": evals_since_best,
             })  # fmt: skip
         if stop_early:
@@ -900,10 +1090,10 @@ if __name__ == "__main__":
     else:
         print(f"\nmean return of the last {len(recent_returns)} episodes of training: {latest}")
         obs_now, _ = train_envs.reset(seed=args.seed + 10_000)  # episodes that training never saw, without exploration
-        played.restart(args.num_envs, agent.budget)
+        played.restart(num_envs, agent.budget)
         returns, episode_return[:] = [], 0.0
         while len(returns) < args.eval_episodes:
-            action = agent_policy(obs_now.astype(np.float32).reshape(args.num_envs, -1))
+            action = agent_policy(obs_now.astype(np.float32).reshape(num_envs, -1))
             obs_now, reward, term, trunc, _ = train_envs.step(action.reshape(train_envs.action_space.shape))
             spend(reward, term | trunc)
             episode_return += reward
@@ -916,3 +1106,5 @@ if __name__ == "__main__":
     print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")
     if args.track:
         wandb.finish()
+    if world_size > 1:
+        dist.destroy_process_group()

@@ -19,7 +19,7 @@ from scripts import SCRIPTS, Run, assert_same_content, assert_same_ledger
 
 pytest_plugins = ["scripts"]
 
-NAMES = ("ppo_leadlag", "ppo_portfolio", "ppo_recurrent_leadlag", "ppo_transformer_trading")
+NAMES = ("ppo_leadlag", "ppo_portfolio", "ppo_recurrent_leadlag", "ppo_transformer_trading", "ppo_quantile_portfolio")
 SMALLEST = {  # without compiled kernels
     "ppo_leadlag": (
         "--market", "synthetic:leadlag:bars=300:train=1:val=1:test=1:assets=4:leaders=2:followers=2",
@@ -33,6 +33,7 @@ SMALLEST = {  # without compiled kernels
     "ppo_transformer_trading": (
         "--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2", "--window", "3", "--width", "8",
     ),
+    "ppo_quantile_portfolio": ("--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2"),
 }  # fmt: skip
 FEW = ("--num-envs", "4", "--num-steps", "8", "--episode-length", "9", "--total-timesteps", "128", "--num-minibatches", "2")
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
-from scripts import SCRIPTS, Bandit, Run, Toy, pinball
+from scripts import SCRIPTS, Bandit, Run, Toy, assert_same_content, pinball
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_gpu_scripts import torchrun, trained, with_gpu
 
 from envs import portfolio_references
 from envs.ledger import growth
@@ -115,12 +116,17 @@ def test_targets_are_the_slow_definition(f):
     assert {0, 1, 2, 3} <= lengths
 
 
-def test_samples_are_kept_with_the_probability_lambda(script, f, inside):
+def test_samples_are_kept_with_the_probability_lambda(script, f, inside, monkeypatch):
     g = inside(*script.short, "--gae-lambda", "0.8", "--total-timesteps", "1024", "--episode-length", "9")
-    assert g["keep"].float().mean() == pytest.approx(0.8, abs=4 * 0.4 / np.sqrt(g["keep"].numel()))
-    scaled = g["args"].reward_scale * g["rewards"]
-    expected = f.replaced(scaled, g["next_quantiles"], g["done"], g["args"].gamma, g["keep"]).sort(dim=2).values
-    assert torch.equal(g["targets"], expected) and g["done"].any()
+    calls = []
+    monkeypatch.setitem(g["accumulate"].__globals__, "replaced", lambda *a: calls.append(a) or f.replaced(*a))
+    g["estimate_advantages"]()
+    ((rewards, following, over, gamma, keep),) = calls
+    assert keep.float().mean() == pytest.approx(0.8, abs=4 * 0.4 / np.sqrt(keep.numel()))
+    assert torch.equal(rewards, g["args"].reward_scale * g["rewards"]) and gamma == g["args"].gamma
+    assert torch.equal(over, g["done"]) and torch.equal(g["complete"], g["done"]) and over.any()
+    assert torch.equal(following[~over], g["quantiles"][1:][~over]) and torch.equal(following[over], g["final_quantiles"][over])
+    assert torch.equal(g["targets"], f.replaced(*calls[0]).sort(dim=2).values)
 
 
 STEPS, ATOMS = 10, 32
@@ -202,10 +208,10 @@ def test_the_shortfall_passes_through_a_step(f):
 
 def test_iterated_advantages_have_mean_zero_and_end_at_the_var(f):
     z = torch.randn((4, 24), generator=torch.Generator().manual_seed(0)).sort(dim=1).values
-    for alpha in (0.1, 0.25, 0.9):
+    for alpha in torch.tensor((0.1, 0.25, 0.9), dtype=torch.float64):
         found = f.iterated_advantage(z.T, z.expand(24, 4, 24), alpha)
         np.testing.assert_allclose(found.mean(dim=0), 0.0, atol=1e-5)
-        at_risk = z[:, int(np.ceil(24 * alpha)) - 1]
+        at_risk = z[:, int(np.ceil(24 * alpha.item())) - 1]
         np.testing.assert_allclose(found[-1], at_risk - f.cvar(z, alpha), rtol=1e-4)  # no more for what lies above
         far = f.iterated_advantage(torch.full((4,), -100.0), z, alpha)
         np.testing.assert_allclose(far, at_risk - (at_risk + 100) / alpha - f.cvar(z, alpha), rtol=1e-4)
@@ -243,6 +249,7 @@ def test_iterated_advantages_give_the_gradient_of_the_nested_cvar(f):
     with the part that is missing at the VaR itself; the quantiles are those of the exact distribution, a million of them."""
     logits = np.random.default_rng(3).normal(size=(HORIZON, 2, 2))
     policy, rho = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True), nested_cvar(logits)
+    level = torch.tensor(LEVEL, dtype=torch.float64)
     gradient, reach = np.zeros_like(logits), np.array([1.0, 0.0])  # tail-weighted chances, from state 0
     for t in range(HORIZON):
         following = np.zeros(2)
@@ -251,7 +258,7 @@ def test_iterated_advantages_give_the_gradient_of_the_nested_cvar(f):
             order = np.argsort(y.ravel())
             counts = np.round(np.cumsum(chances.ravel()[order]) * 200_000).astype(int)
             quantiles = torch.as_tensor(np.repeat(y.ravel()[order], np.diff(counts, prepend=0)))
-            advantage = f.iterated_advantage(torch.as_tensor(y), quantiles.expand(2, 6, -1), LEVEL).numpy()
+            advantage = f.iterated_advantage(torch.as_tensor(y), quantiles.expand(2, 6, -1), level).numpy()
             for a, k in np.ndindex(y.shape):
                 score = (np.arange(2) == a) - policy[t, s]
                 gradient[t, s] += reach[s] * chances[a, k] * score * advantage[a, k]
@@ -288,31 +295,32 @@ def test_coverage_is_the_level_where_quantiles_are_right(f):
 
 
 def test_an_account_is_spent_and_starts_afresh(f):
-    account = f.Account(3)
+    account, no = f.Account(3), torch.tensor([False, False])
     account.restart(2, 5.0)
-    no, seen = torch.tensor([False, False]), [account.state().tolist()]
-    for rewards, over, budget, complete in (
-        ([1.0, -1.0], no, 7.0, [False, False]), ([2.0, 0.0], torch.tensor([False, True]), 7.0, [False, True]),
-        ([4.0, 1.0], no, 8.0, [True, False]), ([0.0, 0.0], no, 8.0, [False, False]),
+    seen, memory = [account.state().tolist()], [account.budget.data_ptr(), account.bars.data_ptr(), account.earned.data_ptr()]
+    for rewards, over, budget, complete, earned in (
+        ([1.0, -1.0], no, 7.0, [False, False], [1.0, -1.0]),
+        ([2.0, 0.0], torch.tensor([False, True]), 7.0, [False, True], [3.0, -1.0]),
+        ([4.0, 1.0], no, 8.0, [True, False], [7.0, 1.0]), ([0.0, 0.0], no, 8.0, [False, False], [0.0, 1.0]),
     ):  # fmt: skip
-        assert account.spend(torch.tensor(rewards), over, budget).tolist() == complete
+        found = account.spend(torch.tensor(rewards), over, torch.tensor(budget))
+        assert [part.tolist() for part in found] == [complete, earned]
         seen.append(account.state().tolist())
-    assert account.outcomes == [-1.0, 7.0] and account.earned.tolist() == [0.0, 1.0]
     third = pytest.approx(1 / 3, rel=1e-5), pytest.approx(2 / 3, rel=1e-5)
     assert seen == [
         [[5, 1], [5, 1]], [[4, third[1]], [6, third[1]]], [[2, third[0]], [7, 1]], [[8, 1], [6, third[1]]],
         [[8, third[1]], [6, third[0]]],
     ]  # fmt: skip
+    assert memory == [account.budget.data_ptr(), account.bars.data_ptr(), account.earned.data_ptr()]
     nothing = f.Account(None)
     nothing.restart(2, 5.0)
-    assert nothing.spend(torch.tensor([1.0, 1.0]), no, 7.0) is no
-    assert nothing.state().shape == (2, 0) and nothing.outcomes == []
+    assert nothing.spend(torch.tensor([1.0, 1.0]), no, torch.tensor(7.0))[0] is no and nothing.state().shape == (2, 0)
 
 
 def test_the_state_holds_budget_and_time_of_every_step(static):
     """Walked again from what the rollout stored: by how much an episode starts, what it earns, when it ends."""
     g = static
-    args, state, done = g["args"], g["state"].numpy(), g["done"].numpy()
+    args, state, done = g["args"], g["state"].numpy(), g["complete"].numpy()
     scaled = args.reward_scale * g["rewards"].numpy()
     assert g["state_size"] == g["obs_size"] + 2 == len(g["agent"].norm.mean) and g["x"].shape[2] == g["state_size"]
     assert args.gamma == 1.0 and done.any()
@@ -331,7 +339,8 @@ def test_the_state_holds_budget_and_time_of_every_step(static):
 def test_the_budget_is_the_quantile_of_finished_returns(static):
     """Those of the last iteration, walked again, and earlier ones up to fifty in the tail."""
     g = static
-    outcomes, done, scaled = g["account"].outcomes, g["done"].numpy(), g["args"].reward_scale * g["rewards"].double().numpy()
+    outcomes, done = g["outcomes"].double().numpy(), g["complete"].numpy()
+    scaled = g["args"].reward_scale * g["rewards"].double().numpy()
     latest = []
     for t, n in np.argwhere(done):
         begin = t
@@ -340,7 +349,7 @@ def test_the_budget_is_the_quantile_of_finished_returns(static):
         if begin > 0:  # the others began before this rollout
             latest.append(scaled[begin : t + 1, n].sum())
     assert len(outcomes) == max(200, done.sum()) and len(latest) > 50
-    gaps = np.abs(np.array(latest)[:, None] - np.array(outcomes[-int(done.sum()) :])[None, :]).min(axis=1)
+    gaps = np.abs(np.array(latest)[:, None] - outcomes[-done.sum() :][None, :]).min(axis=1)
     assert gaps.max() < 1e-3
     assert g["agent"].budget.item() == pytest.approx(np.quantile(outcomes, 0.25), rel=1e-5)
     assert "budget" in g["best_model"] and g["alpha"] == 0.25
@@ -350,7 +359,7 @@ def test_static_advantages_equal_the_slow_definition(static):
     """From the values -E[(budget - Z)+] / alpha, and -(budget)+ / alpha of what is left where an episode ends."""
     g, alpha = static, 0.25
     args, budget, z = g["args"], g["state"][..., 0].double().numpy(), g["quantiles"].double().numpy()
-    scaled, done = args.reward_scale * g["rewards"].double().numpy(), g["done"].numpy()
+    scaled, done = args.reward_scale * g["rewards"].double().numpy(), g["complete"].numpy()
     value = -np.maximum(budget[..., None] - z, 0).mean(axis=2) / alpha
     np.testing.assert_allclose(g["values"], value, atol=1e-4)
     for n in range(args.num_envs):
@@ -366,9 +375,8 @@ def test_static_advantages_equal_the_slow_definition(static):
 def test_iterated_targets_and_advantages_are_of_one_step(iterated):
     """y = r + gamma rho(s'), s' an episode's own last observation where the window cut it."""
     g, alpha = iterated, 0.25
-    z, following = g["quantiles"].numpy(), g["next_quantiles"].numpy()
-    done, scaled = g["done"].numpy(), g["args"].reward_scale * g["rewards"].numpy()
-    np.testing.assert_array_equal(following[~done], z[1:][~done])
+    z, done, scaled = g["quantiles"].numpy(), g["done"].numpy(), g["args"].reward_scale * g["rewards"].numpy()
+    following = np.where(done[..., None], g["final_quantiles"].numpy(), z[1:])
     assert g["state"].shape[2] == 0 and done.any() and not (following[done] == z[1:][done]).any()
     y = scaled + 0.8 * following[..., :2].mean(axis=2)
     np.testing.assert_allclose(g["targets"].numpy()[..., 0], y, atol=1e-4)
@@ -492,6 +500,60 @@ def test_actor_and_critic_are_clipped_apart(script, inside):
         assert float(torch.stack([p.grad.norm() for p in part]).norm()) == pytest.approx(1e-3, rel=1e-2)
 
 
+# --- on a GPU, and over several processes
+
+
+def test_budgets_on_a_device_change_nothing(script, tmp_path):
+    """The rollout that a GPU takes, on the simulator: the same accounts and outcomes, and so the same weights."""
+    options = [*STATIC, "--market", "synthetic:tail:bars=300:train=1:val=1:test=1", "--num-envs", "4", "--num-steps", "16"]
+    options += ["--cvar-alpha", "0.5", "--num-minibatches", "1", "--total-timesteps", "128", "--num-threads", "1", "--no-cuda"]
+    simulator = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
+    host, device = (
+        trained(script, tmp_path / name, *options, "--market-device", name, **simulator).model for name in ("cpu", "cuda")
+    )
+    assert len(host["account"][3]) > 10 and host["model"]["budget"] != 0.0
+    for part in ("model", "account", "envs"):
+        assert_same_content(device[part], host[part], part)
+
+
+@with_gpu
+@pytest.mark.parametrize("options", (STATIC, ITERATED))
+def test_captured_equals_eager_while_the_level_falls(script, tmp_path, options):
+    short = [option for option in script.budget if option != "--no-cuda"] + [*options, "--anneal-alpha", "0.5"]
+    plain, captured = (
+        trained(script, tmp_path / name, *short, *more).model for name, more in (("plain", ()), ("captured", ("--cudagraphs",)))
+    )
+    for part in ("model", "account"):
+        assert_same_content(captured[part], plain[part], part)
+
+
+SPY = """
+import os, runpy, sys, torch
+folder, sys.argv = sys.argv[1], sys.argv[2:]
+g = runpy.run_path(sys.argv[0], run_name="__main__")
+content = {name: g[name] for name in ("outcomes", "earned", "complete")} | {"account": vars(g["account"])}
+torch.save(content | {"start": g["agent"].budget}, f"{folder}/rank{os.environ['RANK']}.pt")
+"""
+
+
+def test_two_processes_share_a_budget_and_keep_their_accounts(script, tmp_path):
+    """The quantile of what the horizons of both have earned."""
+    (tmp_path / "spy.py").write_text(SPY)
+    options = [*script.budget, *STATIC, "--total-timesteps", "2048", "--runs-dir", str(tmp_path / "runs")]
+    done = torchrun(str(tmp_path / "spy.py"), str(tmp_path), str(script.path), *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    latest = torch.cat([rank["earned"][rank["complete"]] for rank in (first, second)])
+    assert torch.equal(first["outcomes"], second["outcomes"]) and torch.equal(first["outcomes"][-len(latest) :], latest)
+    assert not torch.equal(first["earned"], second["earned"]) and first["start"] == second["start"]
+    assert first["start"].item() == pytest.approx(np.quantile(first["outcomes"].double().numpy(), 0.25))
+    (folder,) = (tmp_path / "runs").iterdir()
+    *accounts, outcomes = Run(folder).model["account"]
+    assert torch.equal(outcomes, first["outcomes"])
+    for name, found in zip(("budget", "bars", "earned"), accounts):
+        assert torch.equal(found, torch.cat([first["account"][name], second["account"][name]])), name
+
+
 # --- resume, other environments, what goes wrong
 
 
@@ -516,7 +578,7 @@ def test_a_resumed_run_ends_with_the_same_bits(script, inside, options, monkeypa
         assert torch.equal(g["agent"].state_dict()[name], value), name
     for name in ("budget", "bars", "earned"):
         assert torch.equal(getattr(g["account"], name), getattr(whole["account"], name)), name
-    assert g["account"].outcomes == whole["account"].outcomes
+    assert torch.equal(g["outcomes"], whole["outcomes"]) and (len(g["outcomes"]) > 0) == g["static"]
     assert g["run"]["outcomes"] == whole["run"]["outcomes"]
 
 
