@@ -957,7 +957,7 @@ if __name__ == "__main__":
         torch._inductor.config.fallback_random = True  # the random numbers of eager mode
         choose, value_of, accumulate, objective = map(torch.compile, (choose, value_of, accumulate, objective))
 
-    # The parts of an iteration, on the storage above: --cudagraphs records all but the first two, which are parts of rollout
+    # What every rollout does before and after a step of the markets, on the storage above
     def act(step):
         """The gate decides at the start of a rollout, every so many bars, and when an episode begins."""
         torch.eq(age, 0, out=decided[step])
@@ -966,11 +966,13 @@ if __name__ == "__main__":
         )
 
     def remember(step):
+        """What the gate knows of the bar, which the next episode does not."""
         over, reward = done[step].to(device), args.reward_scale * rewards[step].to(device)
         after_memories[step] = agent.remember(memories[step], chosen_by_step[step], reward)
         memories[step + 1] = after_memories[step].masked_fill(over[:, None, None], 0.0)
         age.add_(1).remainder_(args.decide_every).masked_fill_(over, 0)
 
+    # The three parts of an iteration, on the storage above: --cudagraphs records each of them, and anew in each stage
     def rollout():
         """Every market's next --num-steps bars, all of it on the GPU."""
         parts = parts_of(train_envs)
