@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import numba
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import tyro
 from gymnasium.vector import AutoresetMode
@@ -28,6 +30,7 @@ import envs  # noqa: F401  (registers Trading-v0)
 from envs import dataset, dataset_writer, ledger, trading_references
 from envs.consensus import with_consensus
 from envs.costs import load_costs
+from envs.device import unavailable
 from envs.features import REGIME_FEATURES, regime_features
 from envs.panel import Split
 from envs.side_by_side import SideBySide
@@ -58,7 +61,15 @@ class Args:
     torch_deterministic: bool = True
     """use deterministic algorithms, so that the same seed on the same machine gives the same bits"""
     cuda: bool = True
-    """run the networks on a GPU where there is one"""
+    """run networks and markets on a GPU where there is one; under torchrun on one GPU for each process"""
+    market_device: str = "auto"
+    """where the markets run: auto (with the networks), cpu or cuda"""
+    compile: bool = False
+    """compile what is computed of rollout, advantages and update with torch.compile"""
+    cudagraphs: bool = False
+    """with everything on a GPU: record rollout, advantages and update once, and replay them without the host"""
+    amp: bool = False
+    """on a GPU: networks in bfloat16, where autocast finds it safe"""
     num_threads: int = 0
     """CPU threads of torch and of the market kernels (0: all cores this process may use)"""
     track: bool = False
@@ -199,6 +210,57 @@ CLASSIC_CONTROL = dict(
 )  # fmt: skip
 
 
+def processes():
+    """Of this run: 1, or as many as torchrun has started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average(x):
+    """The mean of a tensor over all processes, in its place."""
+    if processes() > 1:
+        dist.all_reduce(x)
+        x /= processes()
+    return x
+
+
+def gathered(x):
+    """The rows of a tensor of all processes, one below the other."""
+    if processes() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    if x.numel():
+        dist.all_gather([part.view(torch.uint8) for part in parts], x.contiguous().view(torch.uint8))
+    return torch.cat(parts)
+
+
+class Captured:
+    """A function without arguments, whose work on the GPU is recorded as a CUDA graph, and replayed from its fourth call on.
+
+    Its first two calls are ordinary ones, on a stream beside torch's current one: they compile, and allocate what stays. The
+    third one records there, and replays. So it must do the same work on the same memory each time; what it returns is that
+    memory.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph, self.result = function, 0, None, None
+        self.beside = torch.cuda.Stream()
+
+    def __call__(self):
+        if self.graph is None and self.calls < 2:
+            self.calls += 1
+            self.beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.beside):
+                self.result = self.function()
+            torch.cuda.current_stream().wait_stream(self.beside)
+            return self.result
+        if self.graph is None:
+            self.graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL has threads of its own
+            with torch.cuda.graph(self.graph, stream=self.beside, capture_error_mode=mode):
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
 class RunningNorm(nn.Module):
     """Standardises observations by the mean and variance of all seen so far; part of the model, saved with it."""
 
@@ -209,15 +271,17 @@ class RunningNorm(nn.Module):
         self.register_buffer("count", torch.tensor(1e-4, dtype=torch.float64))
 
     def update(self, x):
-        delta, var = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        for part in x.split(1024):  # parts that stay in the cache
+        moments = torch.zeros((2, len(self.mean)), dtype=torch.float64, device=x.device)
+        for part in x.split(1024 if x.device.type == "cpu" else 2**20):  # parts that stay in the cache, or fit beside it
             centred = part - self.mean.float()
-            delta += centred.sum(dim=0, dtype=torch.float64) / len(x)
-            var += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
-        var.sub_(delta**2).clamp_(min=0.0)
-        total = self.count + len(x)
-        self.var.copy_((self.var * self.count + var * len(x) + delta**2 * self.count * len(x) / total) / total)
-        self.mean.add_(delta * len(x) / total)
+            moments[0] += centred.sum(dim=0, dtype=torch.float64) / len(x)
+            moments[1] += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
+        delta, var = average(moments)
+        number = len(x) * processes()
+        var = var.sub(delta**2).clamp_(min=0.0)
+        total = self.count + number
+        self.var.copy_((self.var * self.count + var * number + delta**2 * self.count * number / total) / total)
+        self.mean.add_(delta * number / total)
         self.count.copy_(total)
 
     def forward(self, x):
@@ -247,7 +311,18 @@ class FastTanh(torch.autograd.Function):
 
 class Tanh(nn.Module):
     def forward(self, x):
-        return FastTanh.apply(x)
+        return FastTanh.apply(x) if x.device.type == "cpu" else x.tanh()
+
+
+def fixed_shapes(x):
+    """Whether no shape may depend on what is in x: a GPU would have to be waited for, torch.compile does not know it, and
+    processes would not agree on it."""
+    return x.is_cuda or torch.compiler.is_compiling() or processes() > 1
+
+
+def pick(x, index):
+    """(...,) entries of x (..., A) with the numbers index (...). Not by gather, whose gradient sorts on a GPU."""
+    return torch.where(torch.arange(x.shape[-1], device=x.device) == index[..., None], x, 0.0).sum(dim=-1)
 
 
 class Agent(nn.Module):
@@ -285,6 +360,8 @@ class Agent(nn.Module):
     def log_probs(self, x, mask, specialist):
         """(n, A) log-probabilities of each row's specialist (n,) given normalised observations; others than mask and
         `allowed` let through have about -1e8."""
+        if fixed_shapes(x):
+            return pick(self.all_log_probs(x, mask).transpose(1, 2), specialist[:, None])
         logits = x.new_zeros(mask.shape)
         for k, actor in enumerate(self.specialists):  # each on its own rows: a third of the work of all on all
             rows = (specialist == k).nonzero().squeeze(1)
@@ -293,7 +370,7 @@ class Agent(nn.Module):
 
     def value(self, x, specialist):
         """(n,) value of going on with each row's specialist (n,)."""
-        return self.critic(x).gather(1, specialist[:, None]).squeeze(1)
+        return pick(self.critic(x), specialist)
 
     def blank(self, n):
         """(n, 3, K): the gate's memory at the start of an episode."""
@@ -305,7 +382,7 @@ class Agent(nn.Module):
         Of each specialist: moving averages of what it earned and of how much it was used, and whether it acts now. So a small
         position can pay by what it tells: whether a specialist earns here and now.
         """
-        acts = torch.nn.functional.one_hot(specialist, memory.shape[2]).float()
+        acts = (specialist[:, None] == torch.arange(memory.shape[2], device=memory.device)).float()
         earned, used, _ = memory.unbind(1)
         earned = earned + MEMORY_RATE * (acts * reward[:, None].clamp(-10.0, 10.0) - earned)
         return torch.stack([earned, used + MEMORY_RATE * (acts - used), acts], dim=1)
@@ -321,8 +398,8 @@ class Agent(nn.Module):
 
     def all_log_probs(self, x, mask):
         """(n, K, A) log-probabilities of every specialist."""
-        every = torch.arange(len(self.specialists), device=x.device)
-        return torch.stack([self.log_probs(x, mask, k.expand(len(x))) for k in every], dim=1)
+        logits = torch.stack([actor(x) for actor in self.specialists], dim=1)
+        return torch.where(mask[:, None] & self.allowed, logits, -1e8).log_softmax(dim=2)
 
     def act_greedily(self, x, mask, specialist):
         return self.log_probs(x, mask, specialist).argmax(dim=1)
@@ -357,11 +434,19 @@ def entropy_of(log_probs):
     return -(log_probs.exp() * log_probs).sum(1)
 
 
-def clipped_loss(ratio, advantages, args):
-    """PPO's clipped objective, to be minimised, of probability ratios and advantages (n,)."""
+def mean_of(x, weight=None):
+    """The mean of x (n, ...) over its rows; with weight (n,) over those where it is 1, not 0."""
+    return x.mean(0) if weight is None else weight @ x / weight.sum()
+
+
+def clipped_loss(ratio, advantages, args, weight=None):
+    """PPO's clipped objective, to be minimised, of probability ratios and advantages (n,), over the rows of `mean_of`."""
     if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)).mean()
+        centred = advantages - mean_of(advantages, weight)
+        std = advantages.std() if weight is None else (weight @ centred.square() / (weight.sum() - 1)).sqrt()
+        advantages = centred / (std + 1e-8)
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    return mean_of(torch.max(-advantages * ratio, -advantages * clipped), weight)
 
 
 def phase_of(iteration, iterations, stages):
@@ -369,9 +454,9 @@ def phase_of(iteration, iterations, stages):
     return int(np.searchsorted(np.cumsum(stages)[:-1], (iteration - 1) / iterations, side="right"))
 
 
-def shares_of(number, parts):
-    """`number` in `parts` whole numbers, as equal as possible."""
-    return [len(part) for part in np.array_split(np.arange(number), parts)]
+def homes(num_envs, count):
+    """(num_envs,) specialist that each market belongs to: the first ones to the first, in shares as equal as possible."""
+    return np.repeat(np.arange(count), [len(share) for share in np.array_split(np.arange(num_envs), count)])
 
 
 def intents_of(panel, split):
@@ -436,20 +521,34 @@ def draw(p):
     return (p / torch.empty_like(p).exponential_()).argmax(dim=-1)  # cumsum is not deterministic there
 
 
-def make_envs(args, splits, env_options, phase):
+def make_envs(args, splits, env_options, phase, markets=None, device="cpu"):
     """Training environments: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs.
 
-    While intents are trained alone, the markets of each are on bars of its own.
+    markets: range of those that are made, of all args.num_envs (None: all). By its number among all of them a market has its
+    symbol and, while intents are trained alone, its specialist, on bars of its own: processes together have what one has.
     """
+    markets = range(args.num_envs) if markets is None else markets
     if args.env_id != MARKET_ENV:
         return gym.make_vec(
-            args.env_id, args.num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
+            args.env_id, len(markets), vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
         )
+    options = {"device": device, **env_options}
     if PHASES[phase] != "specialists" or args.specialists != "intents":
-        return gym.make_vec(MARKET_ENV, args.num_envs, split=splits["train"], **env_options)
-    own = [own_bars(env_options["data"].panel, splits["train"], k) for k in range(len(INTENTS))]
-    numbers = shares_of(args.num_envs, len(INTENTS))
-    return SideBySide([gym.make_vec(MARKET_ENV, n, split=part, **env_options).unwrapped for n, part in zip(numbers, own)])
+        return gym.make_vec(MARKET_ENV, len(markets), split=splits["train"], first_market=markets.start, **options)
+    home, parts = homes(args.num_envs, len(INTENTS)), []
+    for k in range(len(INTENTS)):
+        own, bars = np.flatnonzero(home == k), own_bars(env_options["data"].panel, splits["train"], k)
+        mine = np.flatnonzero(np.isin(own, markets))  # numbers among the specialist's own
+        if len(mine):
+            parts.append(gym.make_vec(MARKET_ENV, len(mine), split=bars, first_market=int(mine[0]), **options).unwrapped)
+    return SideBySide(parts)
+
+
+def parts_of(train_envs):
+    """(environment, slice of its rows) of each of those side by side, or of the only one."""
+    parts = getattr(train_envs.unwrapped, "parts", [train_envs.unwrapped])
+    ends = np.cumsum([part.num_envs for part in parts]).tolist()
+    return [(part, slice(end - part.num_envs, end)) for part, end in zip(parts, ends)]
 
 
 def save_checkpoint(path, content):
@@ -469,7 +568,7 @@ if __name__ == "__main__":
         run_dir = Path(args.resume)
         if not (run_dir / "model.pt").is_file():
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
-        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        checkpoint = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
         saved = checkpoint["args"]
         args = Args(**{**saved, "trading": TradingConfig(**saved["trading"]), "resume": args.resume})
     for flag in (
@@ -501,9 +600,13 @@ if __name__ == "__main__":
     if not is_market and args.specialists == "modes":
         sys.exit(f"--specialists modes: expected intents or flat with --env-id {args.env_id}, which has other orders")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
-    batch_size = args.num_envs * args.num_steps
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # under torchrun
+    if args.num_envs % world_size:
+        sys.exit(f"--num-envs {args.num_envs}: expected a multiple of the {world_size} processes")
+    num_envs = args.num_envs // world_size
+    batch_size = num_envs * args.num_steps  # of this process
     minibatch_size = batch_size // args.num_minibatches
-    num_iterations = max(1, args.total_timesteps // batch_size)
+    num_iterations = max(1, args.total_timesteps // (batch_size * world_size))
     if args.num_minibatches > batch_size:
         sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {batch_size}, the steps of a rollout")
 
@@ -513,7 +616,32 @@ if __name__ == "__main__":
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     numba.get_num_threads()  # starts Numba's, which changes the number of torch's: so before the next line
     torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() and args.cuda else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    missing = None if device.type == "cuda" else "no CUDA device" if args.cuda else "--no-cuda"
+    print(f"device  {device}{f' ({missing})' if missing else ''}{f', {world_size} processes' if world_size > 1 else ''}")
+    for flag in ("amp", "cudagraphs"):
+        if missing and getattr(args, flag):
+            print(f"--{flag}: {missing}; left out")
+            setattr(args, flag, False)
+    if args.market_device not in ("auto", "cpu", "cuda"):
+        sys.exit(f"--market-device {args.market_device}: expected auto, cpu or cuda")
+    market_device = args.market_device if is_market else "cpu"
+    if market_device == "auto":
+        reason = None if missing else unavailable(str(device))
+        if reason:
+            print(f"markets on the CPU: {reason}")
+        market_device = "cpu" if missing or reason else str(device)
+    on_gpu = market_device != "cpu"
+    if args.cudagraphs and not on_gpu:
+        sys.exit("--cudagraphs: expected markets on the GPU (Trading-v0 and --market-device auto or cuda)")
+    if rank > 0:  # this process does all that the first one does, so that it decides alike, but keeps nothing of it
+        scratch = tempfile.TemporaryDirectory()
+        args.runs_dir, args.track, args.log_dataset = scratch.name, False, None
+        sys.stdout = open(os.devnull, "w")
 
     # Market: panel, splits, tables; what is wrong with them is said in one line
     data, splits, env_options, best_intent = None, None, {}, None
@@ -542,7 +670,8 @@ if __name__ == "__main__":
             )  # fmt: skip
             best_intent = panel.hidden.get("best_intent") if args.specialists == "intents" else None
         phase = checkpoint["phase"] if checkpoint else phase_of(1, num_iterations, stages)
-        train_envs = make_envs(args, splits, env_options, phase)
+        markets = range(rank * num_envs, (rank + 1) * num_envs)  # of this process
+        train_envs = make_envs(args, splits, env_options, phase, markets, market_device)
         if not isinstance(train_envs.single_action_space, gym.spaces.Discrete):
             raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected discrete actions")
         if args.log_dataset:  # refuse actions that no dataset can hold
@@ -553,57 +682,85 @@ if __name__ == "__main__":
     obs_size = int(np.prod(train_envs.single_observation_space.shape))
     allowed = torch.tensor([[order not in FORBIDDEN.get(name, ()) for order in range(num_actions)] for name in names])
     agent = Agent(obs_size, allowed, args.gate_floor).to(device)
-    groups = [{"params": [*agent.critic.parameters(), *agent.specialists.parameters()], "lr": args.learning_rate}]
+    on_cuda = device.type == "cuda"  # captured or not: a rate in memory is rounded to float32
+    learning_rates = args.learning_rate, args.gate_learning_rate
+    rates = [torch.tensor(rate, device=device) if on_cuda else rate for rate in learning_rates]
+    groups = [{"params": [*agent.critic.parameters(), *agent.specialists.parameters()], "lr": rates[0]}]
     if agent.gated:
-        gate_parameters = [*agent.gate.parameters(), *agent.gate_critic.parameters()]
-        groups.append({"params": gate_parameters, "lr": args.gate_learning_rate})
-    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+        groups.append({"params": [*agent.gate.parameters(), *agent.gate_critic.parameters()], "lr": rates[1]})
+    optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True, capturable=on_cuda)
+    if world_size > 1:
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, rank)).generate_state(1)[0]))  # now every process by itself
     mixture = agent.gated and args.gate == "mixture"
-    home = torch.as_tensor(np.repeat(np.arange(len(names)), shares_of(args.num_envs, len(names))), device=device)
+    home = torch.as_tensor(homes(args.num_envs, len(names))[markets.start : markets.stop], device=device)
 
-    # Storage on the host: the market kernels write observations and masks straight into it
-    obs = torch.zeros((args.num_steps + 1, args.num_envs, obs_size))
-    masks = torch.ones((args.num_steps + 1, args.num_envs, num_actions), dtype=torch.bool)
-    rewards = torch.zeros((args.num_steps, args.num_envs))
+    # Storage where the markets are: their kernels write observations and masks straight into it
+    place = device if on_gpu else "cpu"
+    obs = torch.zeros((args.num_steps + 1, num_envs, obs_size), device=place)
+    masks = torch.ones((args.num_steps + 1, num_envs, num_actions), dtype=torch.bool, device=place)
+    rewards = torch.zeros((args.num_steps, num_envs), device=place)
     terminated, done = torch.zeros_like(rewards, dtype=torch.bool), torch.zeros_like(rewards, dtype=torch.bool)
-    x = torch.zeros((args.num_steps + 1, args.num_envs, obs_size), device=device)  # normalised observations
-    actions = torch.zeros((args.num_steps, args.num_envs), dtype=torch.int64, device=device)
-    logprobs = torch.zeros((args.num_steps, args.num_envs), device=device)
-    advantages = torch.zeros_like(logprobs)
-    memory = agent.blank(args.num_envs)  # the gate's, before the next decision
-    memories = torch.zeros((args.num_steps + 1, *memory.shape), device=device)
-    chosen, chosen_by_step = home.clone(), torch.zeros_like(actions)  # specialists that act
+    x = torch.zeros((args.num_steps + 1, num_envs, obs_size), device=device)  # normalised observations
+    final_x = torch.zeros_like(x[1:])  # of the last one of an episode that ended at this step
+    actions = torch.zeros((args.num_steps, num_envs), dtype=torch.int64, device=device)
+    logprobs = torch.zeros((args.num_steps, num_envs), device=device)
+    memories = torch.zeros((args.num_steps + 1, num_envs, 3, len(names)), device=device)  # the gate's
+    after_memories = torch.zeros_like(memories[1:])  # after a bar, before an episode that begins with the next one clears it
+    age = torch.zeros(num_envs, dtype=torch.int64, device=device)  # bars since a decision
     decided, gate_logprobs = torch.ones_like(actions, dtype=torch.bool), torch.zeros_like(logprobs)
+    chosen_by_step = home.repeat(args.num_steps, 1)  # specialists that act
+    values, next_values, gate_values, next_gate_values = (torch.zeros_like(logprobs) for _ in range(4))
+    advantages, returns, gate_advantages, gate_returns = (torch.zeros_like(logprobs) for _ in range(4))
     mb_x = torch.zeros((minibatch_size, obs_size), device=device)
+    index = torch.zeros(minibatch_size, dtype=torch.int64, device=device)  # of the minibatch, in the rollout
+    balance = torch.zeros((), device=device)  # --gate-balance, as it fades
+
+    def begin(seed):
+        """A new episode in every market: its first observation and mask."""
+        for part, own in parts_of(train_envs):
+            first_obs, infos = part.reset(seed=seed + markets.start + own.start)
+            obs[0, own] = torch.as_tensor(first_obs.reshape(part.num_envs, -1))
+            if "action_mask" in infos:
+                masks[0, own] = torch.as_tensor(infos["action_mask"])
 
     # Start, or go on from the checkpoint
     global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
-    episode_return, recent_returns = np.zeros(args.num_envs), []
-    first_obs, infos = train_envs.reset(seed=args.seed)
-    obs[0] = torch.as_tensor(first_obs.reshape(args.num_envs, -1))
-    if "action_mask" in infos:
-        masks[0] = torch.as_tensor(infos["action_mask"])
+    episode_return, recent_returns = np.zeros(num_envs), []
+    ended_return = torch.zeros_like(rewards, dtype=torch.float64)  # on a GPU: that of an episode at the step that it ended at
+    if on_gpu:
+        episode_return = torch.zeros(num_envs, device=device, dtype=torch.float64)
+    begin(args.seed)
     if checkpoint:
         if not is_market:
             sys.exit(f"--resume {args.resume}: {args.env_id} cannot save its state; expected a run of {MARKET_ENV}")
+        if (number := checkpoint.get("processes", 1)) != world_size:
+            sys.exit(f"--resume {args.resume}: a run of {number} processes; expected as many, not {world_size}")
+
+        def own(rows):
+            return rows.chunk(world_size)[rank].clone()
+
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
+        torch.set_rng_state(own(checkpoint["rng"]))
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        train_envs.unwrapped.set_state({k: v.numpy() for k, v in checkpoint["envs"].items()})
-        obs[0], masks[0], memory = checkpoint["obs"], checkpoint["mask"], checkpoint["memory"].to(device)
-        episode_return, recent_returns = checkpoint["episode_return"].numpy(), checkpoint["recent_returns"]
+            torch.cuda.set_rng_state(own(checkpoint["cuda_rng"]))
+        for part, rows in parts_of(train_envs):
+            state = {k: own(v).view(num_envs, -1)[rows].reshape(-1, *v.shape[1:]) for k, v in checkpoint["envs"].items()}
+            part.set_state({k: v.numpy() for k, v in state.items()})
+        obs[0], masks[0], memories[0] = own(checkpoint["obs"]), own(checkpoint["mask"]), own(checkpoint["memory"])
+        episode_return[:] = own(checkpoint["episode_return"]).to(place) if on_gpu else own(checkpoint["episode_return"]).numpy()
+        recent_returns = checkpoint["recent_returns"]
         best_score, best_model = checkpoint["best_score"], checkpoint["best_model"]
         first_iteration, evals_since_best = checkpoint["iteration"] + 1, checkpoint["evals_since_best"]
         global_step, train_seconds = checkpoint["global_step"], checkpoint["train_seconds"]
         print(f"resume  {run_dir} after iteration {checkpoint['iteration']}")
+        run_dir = run_dir if rank == 0 else Path(args.runs_dir)
     else:
         run_dir = ledger.new_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)
     run = {
         "status": "running", "env_id": args.env_id, "args": dataclasses.asdict(args),
-        **ledger.provenance(__file__, str(device)), "trials": 1,
+        **ledger.provenance(__file__, str(device)), "trials": 1, "processes": world_size,
     }  # fmt: skip
     if is_market:
         run |= {"panel": ledger.describe_panel(panel, splits), "market": data.describe()}
@@ -704,163 +861,256 @@ if __name__ == "__main__":
         episodes = make_envs(dataclasses.replace(args, num_envs=len(now)), splits, env_options, phase)
         dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed)
 
+    # What is computed, as functions of tensors: --compile compiles each of them
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+
+    def choose(observation, mask, memory, decided, before):
+        """Normalised observations (n, D), who acts (n,) and the gate's log-probability of it, actions (n,) and theirs.
+
+        The gate chooses where it is `decided` to; elsewhere goes on who acted `before`.
+        """
+        with torch.no_grad(), autocast():
+            normalised = agent.norm(observation)
+            chosen, gate_logprob = home, torch.zeros_like(home, dtype=torch.float32)
+            if gating:
+                gate_all = agent.gate_log_probs(normalised, memory)
+                chosen = torch.where(decided, draw(gate_all.exp()), before)
+                gate_logprob = pick(gate_all, chosen)
+            log_probs = agent.log_probs(normalised, mask, chosen)
+            action = draw(log_probs.exp())
+            if gating and mixture:
+                log_probs = mixed(gate_all, agent.all_log_probs(normalised, mask))
+            return normalised, chosen, gate_logprob, action, pick(log_probs, action)
+
+    def value_of(normalised, memory, chosen, after_x, after_memory, decides_next):
+        """Values (n,) of going on and of what follows, and the same of the gate, which are 0 while it does not choose.
+
+        What follows a bar is worth what its specialist makes of it, or, where the gate decides next, the gate's mean of them.
+        """
+        with torch.no_grad(), autocast():
+            value, after = agent.value(normalised, chosen).float(), agent.critic(after_x).float()
+            following = pick(after, chosen)
+            if not gating:
+                return value, following, torch.zeros_like(value), torch.zeros_like(value)
+            anew = (agent.gate_log_probs(after_x, after_memory).exp() * after).sum(1)
+            following = torch.where(decides_next, anew, following)
+            gate_value, after_gate_value = agent.gate_value(normalised, memory), agent.gate_value(after_x, after_memory)
+            return value, following, gate_value.float(), after_gate_value.float()
+
+    def accumulate(rewards, values, next_values, terminated, done, decided):
+        return advantages_of(rewards, values, next_values, terminated, done, decided, args.gamma, args.gae_lambda)
+
+    def gate_objective(x, memory, chosen, old_logprob, advantage, target, weight=None):
+        """The gate's loss on decisions, or on the rows of weight 1 among others, and its parts that are watched (4,)."""
+        with autocast():
+            all_logprobs, new_value = agent.gate_log_probs(x, memory), agent.gate_value(x, memory).float()
+        pg_loss = torch.zeros((), device=device)
+        if not mixture:
+            pg_loss = clipped_loss((pick(all_logprobs, chosen) - old_logprob).exp(), advantage, args, weight)
+        v_loss = 0.5 * mean_of((new_value - target).square(), weight)
+        entropy = mean_of(entropy_of(all_logprobs), weight)
+        spread = entropy_of(mean_of(all_logprobs.exp(), weight)[None].log()).sum() - entropy
+        loss = pg_loss + args.vf_coef * v_loss - args.gate_ent_coef * entropy - balance * spread
+        return loss, torch.stack([pg_loss, v_loss, entropy, spread])
+
+    def objective(
+        x, mask, memory, chosen, decided, action, old_logprob, advantage, old_value, target, gate_logprob, gate_advantage,
+        gate_target,
+    ):  # fmt: skip
+        """The loss of a minibatch, its parts that are watched (9,), and ratio, entropy and new values."""
+        with autocast():
+            with torch.set_grad_enabled(not frozen):
+                all_logprobs = agent.all_log_probs(x, mask) if gating and mixture else agent.log_probs(x, mask, chosen)
+            if gating and mixture:
+                all_logprobs, advantage = mixed(agent.gate_log_probs(x, memory), all_logprobs), gate_advantage
+            new_value = agent.value(x, chosen).float()
+        new_logprob = pick(all_logprobs, action)
+        entropy = entropy_of(all_logprobs).mean()
+        logratio = new_logprob - old_logprob
+        ratio = logratio.exp()
+        pg_loss = clipped_loss(ratio, advantage, args)
+
+        v_loss = (new_value - target) ** 2
+        if args.clip_vloss:
+            v_clipped = old_value + (new_value - old_value).clamp(-args.clip_coef, args.clip_coef)
+            v_loss = torch.max(v_loss, (v_clipped - target) ** 2)
+        v_loss = 0.5 * v_loss.mean()
+
+        loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+        gate_loss, gate_watched = torch.zeros((), device=device), torch.zeros(4, device=device)
+        decisions = x, memory, chosen, gate_logprob, gate_advantage, gate_target
+        if gating and fixed_shapes(x):
+            weight = decided.float()
+            enough = weight.sum() > 1  # else it learns nothing here, from numbers that are finite all the same
+            gate_loss, gate_watched = gate_objective(*decisions, torch.where(enough, weight, 1.0))
+            gate_loss, gate_watched = gate_loss * enough, gate_watched * enough
+        elif gating and decided.sum() > 1:
+            gate_loss, gate_watched = gate_objective(*(rows[decided] for rows in decisions))
+        with torch.no_grad():
+            approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
+            clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            watched = torch.cat([torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction]), gate_watched])
+        return loss + gate_loss, watched, ratio, entropy, new_value
+
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the random numbers of eager mode
+        functions = choose, value_of, accumulate, objective
+        choose, value_of, accumulate, objective = (torch.compile(function, dynamic=False) for function in functions)
+
+    # What every rollout does before and after a step of the markets, on the storage above
+    def act(step):
+        """The gate decides at the start of a rollout, every so many bars, and when an episode begins."""
+        torch.eq(age, 0, out=decided[step])
+        x[step], chosen_by_step[step], gate_logprobs[step], actions[step], logprobs[step] = choose(
+            obs[step].to(device), masks[step].to(device), memories[step], decided[step], chosen_by_step[step - 1]
+        )
+
+    def remember(step):
+        """What the gate knows of the bar, which the next episode does not."""
+        over, reward = done[step].to(device), args.reward_scale * rewards[step].to(device)
+        after_memories[step] = agent.remember(memories[step], chosen_by_step[step], reward)
+        memories[step + 1] = after_memories[step].masked_fill(over[:, None, None], 0.0)
+        age.add_(1).remainder_(args.decide_every).masked_fill_(over, 0)
+
+    # The three parts of an iteration, on the storage above: --cudagraphs records each of them, and anew in each stage
+    def rollout():
+        """Every market's next --num-steps bars, all of it on the GPU."""
+        parts = parts_of(train_envs)
+        age.zero_()
+        for step in range(args.num_steps):
+            act(step)
+            for part, own in parts:
+                _, reward, term, trunc, infos = part.step(actions[step, own], out=obs[step + 1, own])
+                masks[step + 1, own], rewards[step, own], terminated[step, own] = infos["action_mask"], reward, term
+                torch.logical_or(term, trunc, out=done[step, own])
+                final_x[step, own] = agent.norm(infos["final_obs"])
+            remember(step)
+            episode_return.add_(rewards[step])
+            ended_return[step] = episode_return
+            episode_return.mul_(~done[step])
+
+    def estimate_advantages():
+        """A finished episode is followed by its own last observation, never by the first of the next one: V(final_obs) is
+        bootstrapped where the window was cut (truncation), not where the account was ruined."""
+        ends, cuts, scaled = terminated.to(device), done.to(device), args.reward_scale * rewards.to(device)
+        with torch.no_grad():
+            x[-1] = agent.norm(obs[-1].to(device))
+        every = torch.ones_like(decided)
+        after_x, decides_next = torch.where(cuts[:, :, None], final_x, x[1:]), torch.cat([decided[1:], every[:1]]) | cuts
+        rows = x[:-1], memories[:-1], chosen_by_step, after_x, after_memories, decides_next
+        found = value_of(*(part.flatten(0, 1) for part in rows))
+        for kept, new in zip((values, next_values, gate_values, next_gate_values), found):
+            kept.copy_(new.view_as(kept))
+        advantages.copy_(accumulate(scaled, values, next_values, ends, cuts, every))
+        torch.add(advantages, values, out=returns)
+        if gating:
+            acted = memories[:-1, :, 2]
+            charged = scaled - args.reward_scale * args.switch_cost * (acted.sum(2) - pick(acted, chosen_by_step))
+            gate_advantages.copy_(accumulate(charged, gate_values, next_gate_values, ends, cuts, decided))
+            torch.add(gate_advantages, gate_values, out=gate_returns)
+
+    def update():
+        """A step of the optimiser on the rows `index` of the rollout; what `objective` returns."""
+        torch.index_select(x[:-1].flatten(0, 1), 0, index, out=mb_x)
+        batch = (
+            chosen_by_step, decided, actions, logprobs, advantages, values, returns, gate_logprobs, gate_advantages,
+            gate_returns,
+        )  # fmt: skip
+        mb_memories = memories[:-1].flatten(0, 1)[index]
+        found = objective(mb_x, b_masks[index], mb_memories, *(rows.flatten()[index] for rows in batch))
+        optimizer.zero_grad()
+        found[0].backward()
+        if world_size > 1:
+            gradients = [p.grad for p in agent.parameters() if p.grad is not None]  # not of what is frozen
+            together = average(torch.cat([g.flatten() for g in gradients]))
+            for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients])):
+                gradient.copy_(mean.view_as(gradient))
+        for group in optimizer.param_groups:  # each by itself: a gate's gradient does not slow its specialists
+            nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm, foreach=True)
+        optimizer.step()
+        return tuple(part.detach() for part in found)
+
+    def normalise():
+        agent.norm.update(obs[:-1].flatten(0, 1).to(device))
+
+    recorded = rollout, estimate_advantages, update, normalise
     log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None
-    progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
+    steps = batch_size * world_size
+    progress = tqdm(
+        total=num_iterations * steps, initial=global_step, unit="step", unit_scale=True, mininterval=0.5, disable=rank > 0
+    )
     for iteration in range(first_iteration, num_iterations + 1):
         tick = time.perf_counter()
-        for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.gate_learning_rate)):
-            group["lr"] = rate * (1.0 - (iteration - 1) / num_iterations) if args.anneal_lr else rate
-        balance = args.gate_balance * (1.0 - (iteration - 1) / num_iterations)
+        left = 1.0 - (iteration - 1) / num_iterations
+        for group, rate, full in zip(optimizer.param_groups, rates, learning_rates):
+            annealed = full * left if args.anneal_lr else full
+            group["lr"] = rate.fill_(annealed) if on_cuda else annealed
+        balance.fill_(args.gate_balance * left)
         before, phase = phase, phase_of(iteration, num_iterations, stages)
         alone, frozen = PHASES[phase] == "specialists", PHASES[phase] == "gate"
+        gating = agent.gated and not alone
         if phase != before:  # other bars, from the start of an episode
-            train_envs = make_envs(args, splits, env_options, phase)
-            first_obs, infos = train_envs.reset(seed=args.seed + iteration)
-            obs[0] = torch.as_tensor(first_obs.reshape(args.num_envs, -1))
-            if "action_mask" in infos:
-                masks[0] = torch.as_tensor(infos["action_mask"])
-            episode_return[:], memory, evals_since_best = 0.0, agent.blank(args.num_envs), 0
+            train_envs = make_envs(args, splits, env_options, phase, markets, market_device)
+            begin(args.seed + iteration)
+            episode_return[:], memories[0], evals_since_best = 0.0, 0.0, 0
+        if args.cudagraphs and (phase != before or iteration == first_iteration):  # what is recorded is that of one phase
+            rollout, estimate_advantages, update, normalise = map(Captured, recorded)
 
-        # Rollout. The gate decides at its start, every so many bars, and when an episode begins.
-        finals, finished_returns, age = [], [], np.zeros(args.num_envs, np.int64)
-        for step in range(args.num_steps):
-            with torch.no_grad():
-                x[step], memories[step] = agent.norm(obs[step].to(device)), memory
-                decided[step] = torch.as_tensor(age == 0)
-                if alone or not agent.gated:
-                    chosen = home
+        # Rollout
+        if on_gpu:
+            rollout()
+            finished_returns = ended_return[done][-100:].tolist()
+        else:
+            finals, finished_returns = [], []
+            age.zero_()
+            for step in range(args.num_steps):
+                act(step)
+                action = actions[step].cpu().numpy()
+                if is_market:
+                    _, reward, term, trunc, infos = train_envs.step(action, out=obs[step + 1].numpy())
+                    masks[step + 1] = torch.from_numpy(infos["action_mask"])
                 else:
-                    gate_all = agent.gate_log_probs(x[step], memory)
-                    chosen = torch.where(decided[step], draw(gate_all.exp()), chosen)
-                    gate_logprobs[step] = gate_all.gather(1, chosen[:, None]).squeeze(1)
-                log_probs = agent.log_probs(x[step], masks[step].to(device), chosen)
-                action = draw(log_probs.exp())
-                if mixture and not alone:
-                    log_probs = mixed(gate_all, agent.all_log_probs(x[step], masks[step].to(device)))
-                logprobs[step] = log_probs.gather(1, action[:, None]).squeeze(1)
-                actions[step], chosen_by_step[step] = action, chosen
-            if is_market:
-                _, reward, term, trunc, infos = train_envs.step(action.cpu().numpy(), out=obs[step + 1].numpy())
-                masks[step + 1] = torch.from_numpy(infos["action_mask"])
-            else:
-                next_obs, reward, term, trunc, infos = train_envs.step(action.cpu().numpy())
-                obs[step + 1] = torch.as_tensor(next_obs.reshape(args.num_envs, -1))
-            rewards[step] = torch.as_tensor(reward)
-            terminated[step] = torch.as_tensor(term)
-            over = term | trunc
-            done[step] = torch.as_tensor(over)
-            episode_return += reward
-            memory = agent.remember(memory, chosen, args.reward_scale * rewards[step].to(device))
-            age = (age + 1) % args.decide_every
-            if over.any():
-                ended = np.flatnonzero(over)
-                finals.append((step, ended, np.stack(infos["final_obs"][ended]).reshape(len(ended), -1), memory[ended]))
-                finished_returns.extend(episode_return[ended].tolist())
-                episode_return[ended], memory[ended], age[ended] = 0.0, 0.0, 0
-        global_step += batch_size
+                    next_obs, reward, term, trunc, infos = train_envs.step(action)
+                    obs[step + 1] = torch.as_tensor(next_obs.reshape(num_envs, -1))
+                rewards[step] = torch.as_tensor(reward)
+                terminated[step] = torch.as_tensor(term)
+                over = term | trunc
+                done[step] = torch.as_tensor(over)
+                remember(step)
+                episode_return += reward
+                if over.any():
+                    ended = np.flatnonzero(over)
+                    finals.append((step, ended, np.stack(infos["final_obs"][ended]).reshape(len(ended), -1)))
+                    finished_returns.extend(episode_return[ended].tolist())
+                    episode_return[ended] = 0.0
+            if finals:
+                final_obs = torch.as_tensor(np.concatenate([f for _, _, f in finals]), dtype=torch.float32)
+                at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _ in finals]))
+                at_env = torch.as_tensor(np.concatenate([i for _, i, _ in finals]))
+                final_x[at_step, at_env] = agent.norm(final_obs.to(device))
+        global_step += steps
         recent_returns = (recent_returns + finished_returns)[-100:]
 
-        # Advantages. A finished episode is followed by its own last observation, never by the first of the next one:
-        # V(final_obs) is bootstrapped where the window was cut (truncation), not where the account was ruined.
-        # What follows a bar is worth what its specialist makes of it, or, where the gate decides next, the gate's mean of them.
-        with torch.no_grad():
-            x[-1], memories[-1] = agent.norm(obs[-1].to(device)), memory
-            after_x, after_memory = x[1:].clone(), memories[1:].clone()
-            if finals:
-                final_obs = torch.as_tensor(np.concatenate([f for _, _, f, _ in finals]), dtype=torch.float32)
-                at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _, _ in finals]))
-                at_env = torch.as_tensor(np.concatenate([i for _, i, _, _ in finals]))
-                after_x[at_step, at_env] = agent.norm(final_obs.to(device))
-                after_memory[at_step, at_env] = torch.cat([m for _, _, _, m in finals])
-            after_x, after_memory = after_x.flatten(0, 1), after_memory.flatten(0, 1)
-            b_x, b_memories, b_chosen = x[:-1].flatten(0, 1), memories[:-1].flatten(0, 1), chosen_by_step.flatten()
-            values = agent.value(b_x, b_chosen).view(args.num_steps, args.num_envs)
-            after_values = agent.critic(after_x)
-            next_values = after_values.gather(1, b_chosen[:, None]).view(args.num_steps, args.num_envs)
-            scaled = args.reward_scale * rewards.to(device)
-            ends, cuts = terminated.to(device), done.to(device)
-            rates = args.gamma, args.gae_lambda
-            if agent.gated and not alone:
-                anew = (agent.gate_log_probs(after_x, after_memory).exp() * after_values).sum(1).view_as(next_values)
-                decides_next = torch.cat([decided[1:], torch.ones_like(decided[:1])]) | cuts
-                next_values = torch.where(decides_next, anew, next_values)
-                gate_values = agent.gate_value(b_x, b_memories).view_as(values)
-                next_gate_values = agent.gate_value(after_x, after_memory).view_as(values)
-                switched = memories[:-1, :, 2].sum(2) - memories[:-1, :, 2].gather(2, chosen_by_step[:, :, None]).squeeze(2)
-                charged = scaled - args.reward_scale * args.switch_cost * switched
-                gate_advantages = advantages_of(charged, gate_values, next_gate_values, ends, cuts, decided, *rates)
-                gate_returns = gate_advantages + gate_values
-            every = torch.ones_like(decided)
-            advantages[:] = advantages_of(scaled, values, next_values, ends, cuts, every, *rates)
-            returns = advantages + values
-
-        # Update
-        b_masks, b_decided = masks[:-1].flatten(0, 1).to(device), decided.flatten()
-        b_actions, b_logprobs, b_gate_logprobs = actions.flatten(), logprobs.flatten(), gate_logprobs.flatten()
-        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
-        statistics, updates = torch.zeros(len(LOSSES), device=device), 0
-        stop_update = False
+        # Advantages and update
+        estimate_advantages()
+        b_masks = masks[:-1].flatten(0, 1).to(device)
+        statistics, updates, stop_update = torch.zeros(len(LOSSES), device=device), 0, False
         for _ in range(args.update_epochs):
-            order = torch.randperm(batch_size).to(device)
+            order = torch.randperm(batch_size, device=device)
             for start in range(0, minibatch_size * args.num_minibatches, minibatch_size):
-                index = order[start : start + minibatch_size]
-                torch.index_select(b_x, 0, index, out=mb_x)
-                mb_masks, mb_chosen, mb_advantages = b_masks[index], b_chosen[index], b_advantages[index]
-                with torch.set_grad_enabled(not frozen):
-                    if mixture and not alone:
-                        all_logprobs, mb_advantages = agent.all_log_probs(mb_x, mb_masks), gate_advantages.flatten()[index]
-                    else:
-                        all_logprobs = agent.log_probs(mb_x, mb_masks, mb_chosen)
-                if mixture and not alone:
-                    all_logprobs = mixed(agent.gate_log_probs(mb_x, b_memories[index]), all_logprobs)
-                new_logprob = all_logprobs.gather(1, b_actions[index][:, None]).squeeze(1)
-                entropy = entropy_of(all_logprobs).mean()
-                logratio = new_logprob - b_logprobs[index]
-                ratio = logratio.exp()
-                pg_loss = clipped_loss(ratio, mb_advantages, args)
-
-                new_value, old_value, target = agent.value(mb_x, mb_chosen), b_values[index], b_returns[index]
-                v_loss = (new_value - target) ** 2
-                if args.clip_vloss:
-                    v_clipped = old_value + (new_value - old_value).clamp(-args.clip_coef, args.clip_coef)
-                    v_loss = torch.max(v_loss, (v_clipped - target) ** 2)
-                v_loss = 0.5 * v_loss.mean()
-
-                # The gate, on its decisions among these bars
-                gate_loss = gate_pg_loss = gate_v_loss = gate_entropy = spread = torch.zeros((), device=device)
-                rows = index[b_decided[index]]
-                if agent.gated and not alone and len(rows) > 1:
-                    gate_all = agent.gate_log_probs(b_x[rows], b_memories[rows])
-                    if not mixture:
-                        gate_ratio = (gate_all.gather(1, b_chosen[rows][:, None]).squeeze(1) - b_gate_logprobs[rows]).exp()
-                        gate_pg_loss = clipped_loss(gate_ratio, gate_advantages.flatten()[rows], args)
-                    gate_target = gate_returns.flatten()[rows]
-                    gate_v_loss = 0.5 * (agent.gate_value(b_x[rows], b_memories[rows]) - gate_target).square().mean()
-                    gate_entropy = entropy_of(gate_all).mean()
-                    spread = entropy_of(gate_all.exp().mean(0, keepdim=True).log()).sum() - gate_entropy
-                    gate_loss = gate_pg_loss + args.vf_coef * gate_v_loss
-                    gate_loss = gate_loss - args.gate_ent_coef * gate_entropy - balance * spread
-
-                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-                optimizer.zero_grad()
-                (loss + gate_loss).backward()
-                for group in optimizer.param_groups:  # each by itself: a gate's gradient does not slow its specialists
-                    nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm, foreach=True)
-                optimizer.step()
-                with torch.no_grad():
-                    approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
-                    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    found = pg_loss, v_loss, entropy, approx_kl, clip_fraction, gate_pg_loss, gate_v_loss, gate_entropy, spread
-                    statistics += torch.stack(found)
-                    updates += 1
-                if args.target_kl is not None and approx_kl.item() > args.target_kl:
+                index.copy_(order[start : start + minibatch_size])
+                loss, watched, ratio, entropy, new_value = update()
+                statistics += watched
+                updates += 1
+                if args.target_kl is not None and average(watched[3].clone()).item() > args.target_kl:
                     stop_update = True
                     break
             if stop_update:
                 break
-        agent.norm.update(obs[:-1].flatten(0, 1).to(device))  # after the update: the first ratio is exactly 1
-        losses = dict(zip(LOSSES, (statistics / updates).tolist()))
+        normalise()  # after the update: the first ratio is exactly 1
+        losses = dict(zip(LOSSES, (average(statistics) / updates).tolist()))
         train_seconds += time.perf_counter() - tick
 
         # Fail-safe: stop cleanly, and say where
@@ -872,8 +1122,8 @@ if __name__ == "__main__":
 
         # Logging
         sps = int(global_step / train_seconds)
-        explained = 1 - (b_returns - b_values).var() / b_returns.var()
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        explained = 1 - (returns - values).var() / returns.var()
+        writer.add_scalar("charts/learning_rate", float(optimizer.param_groups[0]["lr"]), global_step)
         writer.add_scalar("charts/phase", phase, global_step)
         writer.add_scalar("charts/SPS", sps, global_step)
         writer.add_scalar("losses/explained_variance", explained.item(), global_step)
@@ -883,7 +1133,7 @@ if __name__ == "__main__":
             writer.add_scalar("charts/episodic_return", np.mean(finished_returns), global_step)
         latest = f"{np.mean(recent_returns):.4g}" if recent_returns else "-"
         progress.set_postfix_str(f"{sps} steps/s, return {latest}", refresh=False)
-        progress.update(batch_size)
+        progress.update(steps)
 
         # Validation: choose the model here, never on the test split
         if is_market and (iteration % args.eval_every == 0 or iteration == num_iterations):
@@ -900,21 +1150,23 @@ if __name__ == "__main__":
         if iteration in log_after or (stop_early and num_iterations in log_after):
             log_dataset(iteration)
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
+            states = [part.get_state() for part, _ in parts_of(train_envs)] if is_market else [{}]
+            envs_state = {name: np.concatenate([state[name] for state in states]) for name in states[0]}
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "iteration": num_iterations if stop_early else iteration,
-                "global_step": global_step, "train_seconds": train_seconds,
-                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-                "envs": {k: torch.as_tensor(v) for k, v in train_envs.unwrapped.get_state().items()} if is_market else None,
-                "obs": obs[-1], "mask": masks[-1], "memory": memory, "phase": phase,
-                "episode_return": torch.as_tensor(episode_return),
+                "global_step": global_step, "train_seconds": train_seconds, "processes": world_size,
+                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": gathered(torch.get_rng_state()),
+                "cuda_rng": gathered(torch.cuda.get_rng_state()) if device.type == "cuda" else None,
+                "envs": {k: gathered(torch.as_tensor(v)) for k, v in envs_state.items()} if is_market else None,
+                "obs": gathered(obs[-1]), "mask": gathered(masks[-1]), "memory": gathered(memories[-1]), "phase": phase,
+                "episode_return": gathered(torch.as_tensor(episode_return)),
                 "recent_returns": recent_returns, "best_score": best_score, "best_model": best_model,
                 "evals_since_best": evals_since_best,
             })  # fmt: skip
         if stop_early:
             print(f"\nstopped early: no better validation score in {evals_since_best} backtests")
             break
-        obs[0], masks[0] = obs[-1], masks[-1]
+        obs[0], masks[0], memories[0] = obs[-1], masks[-1], memories[-1]
     progress.close()
     writer.close()
 
@@ -960,3 +1212,5 @@ if __name__ == "__main__":
     print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")
     if args.track:
         wandb.finish()
+    if world_size > 1:
+        dist.destroy_process_group()

@@ -135,6 +135,7 @@ class PPOScript(Script):
     actor_input: str = "x"  # variable that holds them for a rollout
     most_minibatches: int = 1024  # of the short run
     rounded: tuple[str, ...] = ()  # parts of a checkpoint that markets on a GPU leave the same only to rounding
+    reseeded: int = 0  # iteration of the short run, at 4 iterations in all, at which it last makes its markets anew
     plain: tuple[str, ...] = ()  # options that make it the PPO whose arithmetic the tests know, and what of its agent has
     view: Callable = lambda agent: agent  # norm, actor, value(features), log_probs(features, mask), act_greedily(obs, mask)
     sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")
@@ -375,6 +376,7 @@ SCRIPTS = {
             ),
             plain=("--specialists", "flat"),
             view=sole_specialist,
+            reseeded=3,
             twist=("--max-adds", "1"),
             classic=("CartPole-v1", 9, 200),
             refused=("Pendulum-v1", "discrete"),

@@ -19,8 +19,7 @@ from scripts import SCRIPTS, Run, assert_same_content, assert_same_ledger
 
 pytest_plugins = ["scripts"]
 
-NAMES = ("ppo_leadlag", "ppo_portfolio", "ppo_recurrent_leadlag", "ppo_transformer_trading", "ppo_quantile_portfolio")
-SMALLEST = {  # without compiled kernels
+SMALLEST = {  # of those that run on a GPU: their options without compiled kernels
     "ppo_leadlag": (
         "--market", "synthetic:leadlag:bars=300:train=1:val=1:test=1:assets=4:leaders=2:followers=2",
         "--num-lookbacks", "3", "--max-lookback", "20",
@@ -34,12 +33,16 @@ SMALLEST = {  # without compiled kernels
         "--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2", "--window", "3", "--width", "8",
     ),
     "ppo_quantile_portfolio": ("--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2"),
+    "ppo_hierarchical_trading": (
+        "--market", "synthetic:modes:bars=300:train=1:val=1:test=1:assets=1:regime_bars=20", "--stages", "0.25", "0.25", "0.5",
+        "--decide-every", "3", "--episode-length", "4",
+    ),
 }  # fmt: skip
 FEW = ("--num-envs", "4", "--num-steps", "8", "--episode-length", "9", "--total-timesteps", "128", "--num-minibatches", "2")
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=SMALLEST)
 def script(request):
     return SCRIPTS[request.param]
 
@@ -61,7 +64,7 @@ def test_markets_on_a_device_change_nothing(script, tmp_path):
     """The path that a GPU takes, on the simulator: the same weights, markets and last returns, and so the same ledger. Weights
     only to rounding where its update sums in another order."""
     simulator = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
-    options = (*SMALLEST[script.name], *FEW, "--num-threads", "1", "--no-cuda", "--market-device")
+    options = (*FEW, *SMALLEST[script.name], "--num-threads", "1", "--no-cuda", "--market-device")
     host, device = (trained(script, tmp_path / name, *options, name, **simulator) for name in ("cpu", "cuda"))
     ours, theirs = device.model, host.model
     assert ours["iteration"] == 4 and len(ours["recent_returns"]) >= 12
@@ -219,7 +222,8 @@ def test_two_processes_share_the_markets_and_go_on_where_they_were(script, pair,
     assert pair.json["status"] == "finished" and pair.json["processes"] == 2 and pair.json["env_steps"] == 4096
     assert pair.json["args"]["num_envs"] == 64 and saved["obs"].shape[0] == 64
     keys = saved["envs"]["state"].view(64, -1)[:, :8].contiguous().view(torch.int64).flatten()
-    assert keys.tolist() == list(range(saved["args"]["seed"], saved["args"]["seed"] + 64))  # as one process would have them
+    first = saved["args"]["seed"] + script.reseeded
+    assert keys.tolist() == list(range(first, first + 64))  # as one process would have them
     shares = saved["rng"].view(2, -1)
     assert not torch.equal(shares[0], shares[1])  # each draws its own actions
     assert float(saved["model"]["norm.count"]) == pytest.approx(4096, abs=1e-3)
@@ -233,7 +237,7 @@ def test_two_processes_share_the_markets_and_go_on_where_they_were(script, pair,
     assert_same_ledger(Run(copy).ledger, pair.ledger)
 
 
-@pytest.mark.parametrize("script", [name for name in NAMES if SCRIPTS[name].env_id == "Trading-v0"], indirect=True)
+@pytest.mark.parametrize("script", [name for name in SMALLEST if SCRIPTS[name].env_id == "Trading-v0"], indirect=True)
 def test_two_processes_trade_the_symbols_of_one(script, pair, inside):
     """Market for market, by number: shares of 32 markets, which 3 symbols do not divide."""
     state = inside(*script.short, "--total-timesteps", "1024")["train_envs"].unwrapped._state
