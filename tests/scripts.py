@@ -134,6 +134,7 @@ class PPOScript(Script):
     blank: Callable = lambda agent, n: torch.zeros((0, n))  # memory (parts, n, ...) after them, of none at the start
     actor_input: str = "x"  # variable that holds them for a rollout
     most_minibatches: int = 1024  # of the short run
+    captured: tuple[str, ...] = ()  # options that let --cudagraphs record the short run
     plain: tuple[str, ...] = ()  # options that make it the PPO whose arithmetic the tests know, and what of its agent has
     view: Callable = lambda agent: agent  # norm, actor, value(features), log_probs(features, mask), act_greedily(obs, mask)
     sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")
@@ -402,6 +403,7 @@ SCRIPTS = {
             make_envs=lambda g: g["make_envs"](g["args"], g["splits"], g["env_options"]),
             make_agent=allocator_agent,
             features=lambda agent, x, memory: (agent.encode(x), memory),
+            captured=("--finetune-fraction", "0"),
             twist=("--log-std", "1"),
             classic=("Pendulum-v1", -2000, -700),
             refused=("CartPole-v1", "continuous"),
