@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import numba
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -28,6 +30,7 @@ from tqdm import tqdm
 import envs  # noqa: F401  (registers Portfolio-v0)
 from envs import dataset, dataset_writer, ledger, portfolio_references
 from envs.costs import RUIN
+from envs.device import unavailable
 from envs.features import log_returns
 from envs.portfolio import RegimeGuard
 from envs.portfolio_tables import LONG_ONLY, PortfolioConfig, PortfolioData
@@ -67,7 +70,15 @@ class Args:
     torch_deterministic: bool = True
     """use deterministic algorithms, so that the same seed on the same machine gives the same bits"""
     cuda: bool = True
-    """run the networks on a GPU where there is one"""
+    """run networks and markets on a GPU where there is one; under torchrun on one GPU for each process"""
+    market_device: str = "auto"
+    """where the markets run: auto (with the networks), cpu or cuda"""
+    compile: bool = False
+    """compile what is computed of rollout, advantages and update with torch.compile"""
+    cudagraphs: bool = False
+    """with everything on a GPU: record rollout, advantages and update once, and replay them without the host"""
+    amp: bool = False
+    """on a GPU: networks in bfloat16, where autocast finds it safe"""
     num_threads: int = 0
     """CPU threads of torch and of the market kernels (0: all cores this process may use)"""
     track: bool = False
@@ -170,6 +181,57 @@ CLASSIC_CONTROL = dict(
 )  # fmt: skip
 
 
+def processes():
+    """Of this run: 1, or as many as torchrun has started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average(x):
+    """The mean of a tensor over all processes, in its place."""
+    if processes() > 1:
+        dist.all_reduce(x)
+        x /= processes()
+    return x
+
+
+def gathered(x):
+    """The rows of a tensor of all processes, one below the other."""
+    if processes() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    if x.numel():
+        dist.all_gather([part.view(torch.uint8) for part in parts], x.contiguous().view(torch.uint8))
+    return torch.cat(parts)
+
+
+class Captured:
+    """A function without arguments, whose work on the GPU is recorded as a CUDA graph, and replayed from its fourth call on.
+
+    Its first two calls are ordinary ones, on a stream beside torch's current one: they compile, and allocate what stays. The
+    third one records there, and replays. So it must do the same work on the same memory each time; what it returns is that
+    memory.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph, self.result = function, 0, None, None
+        self.beside = torch.cuda.Stream()
+
+    def __call__(self):
+        if self.graph is None and self.calls < 2:
+            self.calls += 1
+            self.beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.beside):
+                self.result = self.function()
+            torch.cuda.current_stream().wait_stream(self.beside)
+            return self.result
+        if self.graph is None:
+            self.graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL has threads of its own
+            with torch.cuda.graph(self.graph, stream=self.beside, capture_error_mode=mode):
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
 class RunningNorm(nn.Module):
     """Standardises observations by the mean and variance of all seen so far; part of the model, saved with it.
 
@@ -185,20 +247,26 @@ class RunningNorm(nn.Module):
         self.register_buffer("members", self.kind.bincount(), persistent=False)
 
     def update(self, x):
-        delta, var = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        for part in x.split(1024):  # parts that stay in the cache
+        moments = torch.zeros((2, len(self.mean)), dtype=torch.float64, device=x.device)
+        for part in x.split(1024 if x.device.type == "cpu" else 2**20):  # parts that stay in the cache, or fit beside it
             centred = part - self.mean.float()
-            delta += centred.sum(dim=0, dtype=torch.float64) / len(x)
-            var += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
-        var.sub_(delta**2).clamp_(min=0.0)
-        total = self.count + len(x)
-        self.var.copy_((self.var * self.count + var * len(x) + delta**2 * self.count * len(x) / total) / total)
-        self.mean.add_(delta * len(x) / total)
+            moments[0] += centred.sum(dim=0, dtype=torch.float64) / len(x)
+            moments[1] += centred.square_().sum(dim=0, dtype=torch.float64) / len(x)
+        delta, var = average(moments)
+        number = len(x) * processes()
+        var = var.sub(delta**2).clamp_(min=0.0)
+        total = self.count + number
+        self.var.copy_((self.var * self.count + var * number + delta**2 * self.count * number / total) / total)
+        self.mean.add_(delta * number / total)
         self.count.copy_(total)
 
     def shared(self, x):
         """(size,) mean of x (size,) over the entries of the same kind."""
-        return (x.new_zeros(len(self.members)).index_add_(0, self.kind, x) / self.members)[self.kind]
+        if x.is_cuda:  # where a deterministic index_add_ would wait for the host
+            total = torch.where(self.kind == torch.arange(len(self.members), device=x.device)[:, None], x, 0.0).sum(dim=1)
+        else:
+            total = x.new_zeros(len(self.members)).index_add_(0, self.kind, x)
+        return (total / self.members)[self.kind]
 
     def forward(self, x):
         mean = self.shared(self.mean)
@@ -229,7 +297,7 @@ class FastTanh(torch.autograd.Function):
 
 class Tanh(nn.Module):
     def forward(self, x):
-        return FastTanh.apply(x)
+        return FastTanh.apply(x) if x.device.type == "cpu" else x.tanh()
 
 
 class Layer(nn.Module):
@@ -395,7 +463,7 @@ def load_agents(folder, device):
         trading = TradingData(panel, TradingConfig(**saved["trading"]))
         sizes = (saved[name] for name in ("layers", "width", "heads"))
         agents = SymbolAgent(trading.observation_size, len(ORDERS), trading.layout["window"], trading.config.window, *sizes)
-        agents.load_state_dict(torch.load(Path(folder) / "model.pt", weights_only=True)["best_model"])
+        agents.load_state_dict(torch.load(Path(folder) / "model.pt", map_location="cpu", weights_only=True)["best_model"])
     except (KeyError, RuntimeError, TypeError) as error:
         what = str(error).splitlines()[0]
         raise ValueError(f"{where}: {what}; expected arguments and weights of ppo_transformer_trading.py") from error
@@ -408,41 +476,57 @@ def said(data):
     return data.assets.reshape(panel.num_bars, panel.num_symbols, -1)[:, :, -len(SERIES) :]
 
 
-def to_scores(data, actions, rows):
-    """Scores (n, N + 1) for Portfolio-v0, which are weights and the rest in cash, of actions (n, N) at rows (n,).
+def asked(data, rows=slice(None)):
+    """At rows (n,) of PortfolioData's tables: (n, N) weights that the agents' orders ask for, (n,) largest sum of weights."""
+    return said(data)[rows, :, SERIES.index("agent_target")], data.gross[rows]
+
+
+def to_scores(actions, target, gross):
+    """Scores (n, N + 1) for Portfolio-v0, which are weights and the rest in cash, of actions (n, N) and what is `asked` there.
 
     The budget of symbol i is exp(action i) equal shares of the equity, and of that it gets the weight that its agent's order
     asks for: 0 everywhere is equal budgets. If together they come to more than all equity, all are cut in proportion.
+    Takes arrays, or tensors of a GPU.
     """
-    weights = np.exp(actions, dtype=np.float64) * said(data)[rows, :, SERIES.index("agent_target")] / data.panel.num_symbols
-    total, budget = weights.sum(axis=1, keepdims=True), np.minimum(data.gross[rows], 1.0)[:, None]
-    weights = (weights * np.minimum(1.0, budget / np.maximum(total, 1e-12))).astype(np.float32)
+    xp = torch if isinstance(actions, torch.Tensor) else np
+    weights = xp.exp(xp.asarray(actions, dtype=xp.float64)) * target / target.shape[1]
+    total, budget = weights.sum(axis=1, keepdims=True), xp.clip(gross, None, 1.0)[:, None]
+    weights = xp.asarray(weights * xp.clip(budget / xp.clip(total, 1e-12, None), None, 1.0), dtype=xp.float32)
     # Rounded up: what is left over would be spread by the projection, a trifle for every symbol, whatever its agent says.
-    cash = np.nextafter((budget - weights.sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32), np.float32(2.0))
-    return np.concatenate([weights, np.maximum(0.0, cash)], axis=1)
+    cash = xp.asarray(budget - weights.sum(axis=1, keepdims=True, dtype=xp.float64), dtype=xp.float32)
+    cash = xp.clip(xp.nextafter(cash, xp.full_like(cash, 2.0)), 0.0, None)
+    return xp.concatenate([weights, cash], axis=1)
 
 
 class Budgets(gym.vector.VectorWrapper):
-    """Portfolio-v0 with the logarithms of budgets for actions (`to_scores`), up to the whole equity for one symbol."""
+    """Portfolio-v0 with the logarithms of budgets for actions (`to_scores`), up to the whole equity for one symbol.
+
+    Markets on a GPU copy the tables of `data` when they are first used, and so does this: what agents say later is not seen.
+    """
 
     def __init__(self, env, data):
         super().__init__(env)
-        self.data = data
+        self.tables = asked(data)
         number = data.panel.num_symbols
         self.single_action_space = gym.spaces.Box(SMALLEST, np.log(number, dtype=np.float32), (number,), np.float32)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, env.num_envs)
 
     def step(self, actions, out=None):
-        return self.env.step(to_scores(self.data, actions, self.env.unwrapped.rows), out=out)
+        rows = self.env.unwrapped.rows
+        if isinstance(rows, torch.Tensor) and not isinstance(self.tables[0], torch.Tensor):
+            self.tables = [torch.tensor(table, device=rows.device) for table in self.tables]
+        return self.env.step(to_scores(actions, *(table[rows] for table in self.tables)), out=out)
 
 
-def make_envs(args, splits, options):
+def make_envs(args, splits, options, device="cpu"):
     """Training environments: markets, or any Gymnasium id. SAME_STEP: a finished episode's last observation is final_obs."""
     if args.env_id != MARKET_ENV:
         return gym.make_vec(
             args.env_id, args.num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
         )
-    markets = gym.make_vec(MARKET_ENV, args.num_envs, split=splits["train"], episode_length=args.episode_length, **options)
+    markets = gym.make_vec(
+        MARKET_ENV, args.num_envs, split=splits["train"], episode_length=args.episode_length, device=device, **options
+    )  # fmt: skip
     return Budgets(markets, options["data"])
 
 
@@ -463,7 +547,7 @@ if __name__ == "__main__":
         run_dir = Path(args.resume)
         if not (run_dir / "model.pt").is_file():
             sys.exit(f"--resume {args.resume}: no model.pt there; expected a run directory with a checkpoint")
-        checkpoint = torch.load(run_dir / "model.pt", weights_only=True)
+        checkpoint = torch.load(run_dir / "model.pt", map_location="cpu", weights_only=True)
         saved = checkpoint["args"]
         nested = {"portfolio": Portfolio(**saved["portfolio"]), "guard": RegimeGuard(**saved["guard"])}
         args = Args(**{**saved, **nested, "resume": args.resume})
@@ -487,9 +571,13 @@ if __name__ == "__main__":
     if args.reward_scale is None and not is_market:
         sys.exit("--reward-scale None: expected a number with --env-id of Gymnasium")
     args.num_threads = args.num_threads or len(os.sched_getaffinity(0))
-    batch_size = args.num_envs * args.num_steps
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # under torchrun
+    if args.num_envs % world_size:
+        sys.exit(f"--num-envs {args.num_envs}: expected a multiple of the {world_size} processes")
+    num_envs = args.num_envs // world_size
+    batch_size = num_envs * args.num_steps  # of this process
     minibatch_size = batch_size // args.num_minibatches
-    num_iterations = max(1, args.total_timesteps // batch_size)
+    num_iterations = max(1, args.total_timesteps // (batch_size * world_size))
     frozen_iterations = num_iterations - round(args.finetune_fraction * num_iterations)
     if args.num_minibatches > batch_size:
         sys.exit(f"--num-minibatches {args.num_minibatches}: expected 1 to {batch_size}, the steps of a rollout")
@@ -501,7 +589,34 @@ if __name__ == "__main__":
     numba.get_num_threads()  # starts Numba's, which changes the number of torch's: so before the next line
     torch.set_num_threads(args.num_threads)
     risk_aversion = 1.0 + 2.0 * args.penalty_variance
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() and args.cuda else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    missing = None if device.type == "cuda" else "no CUDA device" if args.cuda else "--no-cuda"
+    print(f"device  {device}{f' ({missing})' if missing else ''}{f', {world_size} processes' if world_size > 1 else ''}")
+    for flag in ("amp", "cudagraphs"):
+        if missing and getattr(args, flag):
+            print(f"--{flag}: {missing}; left out")
+            setattr(args, flag, False)
+    if args.market_device not in ("auto", "cpu", "cuda"):
+        sys.exit(f"--market-device {args.market_device}: expected auto, cpu or cuda")
+    market_device = args.market_device if is_market else "cpu"
+    if market_device == "auto":
+        reason = None if missing else unavailable(str(device))
+        if reason:
+            print(f"markets on the CPU: {reason}")
+        market_device = "cpu" if missing or reason else str(device)
+    on_gpu = market_device != "cpu"
+    if args.cudagraphs and not on_gpu:
+        sys.exit("--cudagraphs: expected markets on the GPU (Portfolio-v0 and --market-device auto or cuda)")
+    if args.cudagraphs and args.finetune_fraction > 0.0:
+        sys.exit("--cudagraphs: expected --finetune-fraction 0: a minibatch of learning agents has no fixed size to record")
+    if rank > 0:  # this process does all that the first one does, so that it decides alike, but keeps nothing of it
+        scratch = tempfile.TemporaryDirectory()
+        args.runs_dir, args.track, args.log_dataset = scratch.name, False, None
+        sys.stdout = open(os.devnull, "w")
 
     # Market: panel, splits, tables; what is wrong with them is said in one line
     data, splits, env_options = None, None, None
@@ -521,7 +636,7 @@ if __name__ == "__main__":
             print(f"agents  {args.agents}, seed {agents_run['args']['seed']}, {agents_run['env_steps']} steps")
             print(f"market  {panel.name}: {panel.num_bars} bars x {panel.num_symbols} symbols, fill {data.fill}")
             print(f"costs   {data.costs.describe()}")
-        train_envs = make_envs(args, splits, env_options)
+        train_envs = make_envs(dataclasses.replace(args, num_envs=num_envs), splits, env_options, market_device)
         if not isinstance(train_envs.single_action_space, gym.spaces.Box):
             raise ValueError(f"--env-id {args.env_id}: has {train_envs.single_action_space}; expected continuous actions")
         if args.log_dataset:  # refuse actions that no dataset can hold
@@ -530,6 +645,7 @@ if __name__ == "__main__":
         sys.exit(f"{type(error).__name__}: {error}")
     num_actions = int(np.prod(train_envs.single_action_space.shape))
     lowest, highest = train_envs.single_action_space.low, train_envs.single_action_space.high
+    lowest_action, highest_action = (torch.as_tensor(bound).to(device) for bound in (lowest, highest))
     obs_size = int(np.prod(train_envs.single_observation_space.shape))
     # Any other environment is taken for a single symbol, with all of its actions.
     shape = dict(num_symbols=1, outputs=num_actions, own=[slice(0, obs_size)], acts=None, target=None)
@@ -538,26 +654,32 @@ if __name__ == "__main__":
         own = [data.layout[block] for block in ("assets", "weights", "drift")]
         shape = dict(num_symbols=num_actions, outputs=1, own=own, acts=at["agent_acts"], target=at["agent_target"])
     agent = Agent(obs_size, hidden=args.hidden, log_std=args.log_std, **shape).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    on_cuda = device.type == "cuda"  # captured or not: a rate in memory is rounded to float32
+    rate = torch.tensor(args.learning_rate, device=device) if on_cuda else args.learning_rate
+    optimizer = torch.optim.Adam(agent.parameters(), lr=rate, eps=1e-5, fused=True, capturable=on_cuda)
     reward_scale = args.reward_scale
     if reward_scale is None:  # so that the critic has the same share of the gradient on every market
         usable = np.concatenate([np.arange(*bounds) for bounds in splits["train"].ranges])
         reward_scale = 1.0 / max(log_returns(panel)[usable][panel.present[usable]].std(), 1e-8)
     tuner = torch.optim.Adam(agents.parameters(), lr=args.finetune_rate, eps=1e-5, fused=True) if is_market else None
+    if world_size > 1:
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, rank)).generate_state(1)[0]))  # now every process by itself
 
-    # Storage on the host: the market kernels write observations straight into it
-    obs = torch.zeros((args.num_steps + 1, args.num_envs, obs_size))
-    rewards = torch.zeros((args.num_steps, args.num_envs))
+    # Storage where the markets are: their kernels write observations straight into it
+    place = device if on_gpu else "cpu"
+    obs = torch.zeros((args.num_steps + 1, num_envs, obs_size), device=place)
+    rewards = torch.zeros((args.num_steps, num_envs), device=place)
     terminated, done = torch.zeros_like(rewards, dtype=torch.bool), torch.zeros_like(rewards, dtype=torch.bool)
-    x = torch.zeros((args.num_steps + 1, args.num_envs, obs_size), device=device)  # normalised observations
-    actions = torch.zeros((args.num_steps, args.num_envs, num_actions), device=device)
-    logprobs = torch.zeros((args.num_steps, args.num_envs), device=device)
-    values = torch.zeros((args.num_steps + 1, args.num_envs), device=device)
-    counts = torch.ones((args.num_steps, args.num_envs, num_actions), dtype=torch.bool, device=device)
-    panel_rows = torch.zeros((args.num_steps, args.num_envs), dtype=torch.int64)
-    advantages = torch.zeros_like(logprobs)
+    x = torch.zeros((args.num_steps + 1, num_envs, obs_size), device=device)  # normalised observations
+    actions = torch.zeros((args.num_steps, num_envs, num_actions), device=device)
+    logprobs, values = torch.zeros((args.num_steps, num_envs), device=device), torch.zeros(x.shape[:2], device=device)
+    counts = torch.ones((args.num_steps, num_envs, num_actions), dtype=torch.bool, device=device)
+    panel_rows = torch.zeros((args.num_steps, num_envs), dtype=torch.int64, device=place)
+    final_values = torch.zeros_like(logprobs)  # of the last observation of an episode that ended at this step
+    advantages, returns = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
     mb_x = torch.zeros((minibatch_size, obs_size), device=device)
     mb_actions = torch.zeros((minibatch_size, num_actions), device=device)
+    index = torch.zeros(minibatch_size, dtype=torch.int64, device=device)  # of the minibatch, in the rollout
 
     def run_agents(split):
         """Run every symbol's account over a split, all orders the most likely ones; returns its ledger by symbol.
@@ -615,36 +737,48 @@ if __name__ == "__main__":
     global_step, first_iteration, train_seconds, evals_since_best = 0, 1, 0.0, 0
     best_score, best_model = -np.inf, {k: v.clone() for k, v in agent.state_dict().items()}
     best_agents = {k: v.clone() for k, v in agents.state_dict().items()} if is_market else None
-    episode_return, recent_returns = np.zeros(args.num_envs), []
+    episode_return, recent_returns = np.zeros(num_envs), []
+    ended_return = torch.zeros_like(rewards, dtype=torch.float64)  # on a GPU: that of an episode at the step that it ended at
+    if on_gpu:
+        episode_return = torch.zeros(num_envs, device=device, dtype=torch.float64)
     if is_market:
         if checkpoint:
             agents.load_state_dict(checkpoint["agents"])
         for split in ("train", "val"):
             run_agents(split)
-    first_obs, _ = train_envs.reset(seed=args.seed)
-    obs[0] = torch.as_tensor(first_obs.reshape(args.num_envs, -1))
+    first_obs, _ = train_envs.reset(seed=args.seed + rank * num_envs)
+    obs[0] = torch.as_tensor(first_obs.reshape(num_envs, -1))
     if checkpoint:
         if not is_market:
             sys.exit(f"--resume {args.resume}: {args.env_id} cannot save its state; expected a run of {MARKET_ENV}")
+        if (number := checkpoint.get("processes", 1)) != world_size:
+            sys.exit(f"--resume {args.resume}: a run of {number} processes; expected as many, not {world_size}")
+
+        def own(rows):
+            return rows.chunk(world_size)[rank].clone()
+
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["lr"] = rate  # in the form that this run needs
         tuner.load_state_dict(checkpoint["tuner"])
-        torch.set_rng_state(checkpoint["rng"])
+        torch.set_rng_state(own(checkpoint["rng"]))
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        train_envs.unwrapped.set_state({k: v.numpy() for k, v in checkpoint["envs"].items()})
-        obs[0] = checkpoint["obs"]
-        episode_return, recent_returns = checkpoint["episode_return"].numpy(), checkpoint["recent_returns"]
+            torch.cuda.set_rng_state(own(checkpoint["cuda_rng"]))
+        train_envs.unwrapped.set_state({k: own(v).numpy() for k, v in checkpoint["envs"].items()})
+        obs[0] = own(checkpoint["obs"])
+        episode_return[:] = own(checkpoint["episode_return"]).to(place) if on_gpu else own(checkpoint["episode_return"]).numpy()
+        recent_returns = checkpoint["recent_returns"]
         best_score, best_model = checkpoint["best_score"], checkpoint["best_model"]
         best_agents = checkpoint["best_agents"]
         first_iteration, evals_since_best = checkpoint["iteration"] + 1, checkpoint["evals_since_best"]
         global_step, train_seconds = checkpoint["global_step"], checkpoint["train_seconds"]
         print(f"resume  {run_dir} after iteration {checkpoint['iteration']}")
+        run_dir = run_dir if rank == 0 else Path(args.runs_dir)
     else:
         run_dir = ledger.new_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)
     run = {
         "status": "running", "env_id": args.env_id, "args": dataclasses.asdict(args),
-        **ledger.provenance(__file__, str(device)), "trials": 1,
+        **ledger.provenance(__file__, str(device)), "trials": 1, "processes": world_size,
     }  # fmt: skip
     if is_market:
         run |= {"panel": ledger.describe_panel(panel, splits), "market": data.describe()}
@@ -667,10 +801,10 @@ if __name__ == "__main__":
         return mean.cpu().numpy().clip(lowest, highest)
 
     def agent_policy(observation, _, row):
-        return to_scores(data, most_likely(observation), row)
+        return to_scores(most_likely(observation), *asked(data, row))
 
     def equal_budgets(observation, _, row):
-        return to_scores(data, np.zeros((len(observation), num_actions)), row)
+        return to_scores(np.zeros((len(observation), num_actions)), *asked(data, row))
 
     def backtest(split, policy=agent_policy, **changes):
         return portfolio_references.run(split=splits[split], policy=policy, **{**env_options, **changes})
@@ -700,126 +834,196 @@ if __name__ == "__main__":
         episodes = make_envs(dataclasses.replace(args, num_envs=min(64, args.log_episodes)), splits, env_options)
         dataset_writer.log_episodes(path, episodes, act, args.log_episodes, meta, seed)
 
+    # What is computed, as functions of tensors: --compile compiles each of them
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
+
+    def choose(observation):
+        """Normalised observations (n, D), actions (n, A) drawn from the policy, their log-densities (n,), values (n,), and
+        `counts` (n, A)."""
+        with torch.no_grad(), autocast():
+            normalised = agent.norm(observation)
+            features = agent.encode(normalised)
+            mean, value, counts = agent.mean(features).float(), agent.value(features).float(), agent.counts(normalised)
+            std = agent.log_std.exp().repeat(agent.num_symbols)
+            action = mean + std * torch.randn_like(mean)  # kept as drawn: the market gets it clipped
+            return normalised, action, agent.log_prob(mean, action, counts), value, counts
+
+    def value_of(normalised):
+        with torch.no_grad(), autocast():
+            return agent.value(agent.encode(normalised)).float()
+
+    def accumulate(values, final_values, rewards, terminated, done):
+        """Advantages (T, n). A finished episode is followed by its own last observation, never by the first of the next one:
+        V(final_obs) is bootstrapped where the window was cut (truncation), not where the account was ruined."""
+        deltas = reward_scale * rewards - values[:-1]
+        deltas += args.gamma * torch.where(done, final_values, values[1:]) * ~terminated
+        carry = args.gamma * args.gae_lambda * ~done
+        running, found = torch.zeros(num_envs, device=device), []
+        for step in reversed(range(args.num_steps)):
+            running = deltas[step] + carry[step] * running
+            found.append(running)
+        return torch.stack(found[::-1])
+
+    def objective(x, action, counts, old_logprob, advantage, old_value, target):
+        """The loss of a minibatch, its parts that are watched (5,), and ratio, entropy and new values."""
+        with autocast():
+            features = agent.encode(x)
+            mean, new_value = agent.mean(features).float(), agent.value(features).float()
+        new_logprob, entropy = agent.log_prob(mean, action, counts), agent.entropy()
+        logratio = new_logprob - old_logprob
+        ratio = logratio.exp()
+        if args.norm_adv:
+            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        pg_loss = torch.max(-advantage * ratio, -advantage * clipped).mean()
+
+        v_loss = (new_value - target) ** 2
+        if args.clip_vloss:
+            v_clipped = old_value + (new_value - old_value).clamp(-args.clip_coef, args.clip_coef)
+            v_loss = torch.max(v_loss, (v_clipped - target) ** 2)
+        v_loss = 0.5 * v_loss.mean()
+
+        loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
+        with torch.no_grad():
+            approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
+            clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            watched = torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction])
+        return loss, watched, ratio, entropy, new_value
+
+    if args.compile:
+        torch._inductor.config.fallback_random = True  # the random numbers of eager mode
+        functions = choose, value_of, accumulate, objective
+        choose, value_of, accumulate, objective = (torch.compile(function, dynamic=False) for function in functions)
+
+    # The three parts of an iteration, on the storage above: --cudagraphs records each of them
+    def rollout():
+        """Every market's next --num-steps bars, all of it on the GPU."""
+        for step in range(args.num_steps):
+            if finetuning:
+                panel_rows[step] = train_envs.unwrapped.rows
+            x[step], actions[step], logprobs[step], values[step], counts[step] = choose(obs[step])
+            clipped = actions[step].clamp(lowest_action, highest_action)
+            _, reward, term, trunc, infos = train_envs.step(clipped, out=obs[step + 1])
+            rewards[step], terminated[step] = reward, term
+            torch.logical_or(term, trunc, out=done[step])
+            final_values[step] = value_of(agent.norm(infos["final_obs"]))
+            episode_return.add_(reward)
+            ended_return[step] = episode_return
+            episode_return.mul_(~done[step])
+
+    def estimate_advantages():
+        with torch.no_grad():
+            x[-1] = agent.norm(obs[-1].to(device))
+        values[-1] = value_of(x[-1])
+        advantages.copy_(accumulate(values, final_values, rewards.to(device), terminated.to(device), done.to(device)))
+        torch.add(advantages, values[:-1], out=returns)
+
+    def heard():
+        """The inputs mb_x once more, of what the agents say now: the same numbers, but for rounding, and differentiable."""
+        at, where = np.unique(panel_rows.flatten()[index.to(place)].cpu().numpy(), return_inverse=True)
+        mb_obs = obs[:-1].flatten(0, 1)[index.to(place)].to(device)
+        mb_obs[:, data.layout["assets"]].view(minibatch_size, num_actions, -1)[:, :, said_at] = say(at)[where]
+        return agent.norm(mb_obs)
+
+    def update():
+        """A step of the optimiser, or of both, on the rows `index` of the rollout; what `objective` returns."""
+        torch.index_select(x[:-1].flatten(0, 1), 0, index, out=mb_x)
+        torch.index_select(actions.flatten(0, 1), 0, index, out=mb_actions)
+        batch = (rows.flatten()[index] for rows in (logprobs, advantages, values[:-1], returns))
+        found = objective(heard() if finetuning else mb_x, mb_actions, counts.flatten(0, 1)[index], *batch)
+        learning = [(agent, optimizer), (agents, tuner)] if finetuning else [(agent, optimizer)]
+        for _, descent in learning:
+            descent.zero_grad()
+        found[0].backward()
+        for network, descent in learning:
+            if world_size > 1:
+                gradients = [p.grad for p in network.parameters()]
+                together = average(torch.cat([g.flatten() for g in gradients]))
+                for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients])):
+                    gradient.copy_(mean.view_as(gradient))
+            nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm, foreach=True)
+            descent.step()
+        return tuple(part.detach() for part in found)
+
+    def normalise():
+        agent.norm.update(obs[:-1].flatten(0, 1).to(device))
+
+    if args.cudagraphs:
+        rollout, estimate_advantages, update, normalise = map(Captured, (rollout, estimate_advantages, update, normalise))
+
     log_after = {max(1, round(share * num_iterations)) for share in args.log_at} if args.log_dataset else set()
     started, failure = time.time(), None
-    progress = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, mininterval=0.5)
+    steps = batch_size * world_size
+    progress = tqdm(
+        total=num_iterations * steps, initial=global_step, unit="step", unit_scale=True, mininterval=0.5, disable=rank > 0
+    )
     for iteration in range(first_iteration, num_iterations + 1):
         tick, finetuning = time.perf_counter(), is_market and iteration > frozen_iterations
         if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+            annealed = args.learning_rate * (1.0 - (iteration - 1) / num_iterations)
+            optimizer.param_groups[0]["lr"] = rate.fill_(annealed) if on_cuda else annealed
 
         # Rollout
-        finals, finished_returns = [], []
-        for step in range(args.num_steps):
-            with torch.no_grad():
-                x[step] = agent.norm(obs[step].to(device))
-                features = agent.encode(x[step])
-                mean, values[step], counts[step] = agent.mean(features), agent.value(features), agent.counts(x[step])
-                std = agent.log_std.exp().repeat(agent.num_symbols)
-                actions[step] = mean + std * torch.randn_like(mean)  # kept as drawn: the market gets it clipped
-                logprobs[step] = agent.log_prob(mean, actions[step], counts[step])
-            action = actions[step].cpu().numpy().clip(lowest, highest)
-            if is_market:
-                panel_rows[step] = torch.from_numpy(train_envs.unwrapped.rows)
-                _, reward, term, trunc, infos = train_envs.step(action, out=obs[step + 1].numpy())
-            else:
-                next_obs, reward, term, trunc, infos = train_envs.step(action.reshape(train_envs.action_space.shape))
-                obs[step + 1] = torch.as_tensor(next_obs.reshape(args.num_envs, -1))
-            rewards[step] = torch.as_tensor(reward)
-            terminated[step] = torch.as_tensor(term)
-            over = term | trunc
-            done[step] = torch.as_tensor(over)
-            episode_return += reward
-            if over.any():
-                ended = np.flatnonzero(over)
-                finals.append((step, ended, np.stack(infos["final_obs"][ended]).reshape(len(ended), -1)))
-                finished_returns.extend(episode_return[ended].tolist())
-                episode_return[ended] = 0.0
-        global_step += batch_size
-        recent_returns = (recent_returns + finished_returns)[-100:]
-
-        # Advantages. A finished episode is followed by its own last observation, never by the first of the next one:
-        # V(final_obs) is bootstrapped where the window was cut (truncation), not where the account was ruined.
-        with torch.no_grad():
-            x[-1] = agent.norm(obs[-1].to(device))
-            values[-1] = agent.value(agent.encode(x[-1]))
-            next_values = values[1:].clone()
+        if on_gpu:
+            rollout()
+            finished_returns = ended_return[done][-100:].tolist()
+        else:
+            finals, finished_returns = [], []
+            for step in range(args.num_steps):
+                x[step], actions[step], logprobs[step], values[step], counts[step] = choose(obs[step].to(device))
+                action = actions[step].cpu().numpy().clip(lowest, highest)
+                if is_market:
+                    panel_rows[step] = torch.from_numpy(train_envs.unwrapped.rows)
+                    _, reward, term, trunc, infos = train_envs.step(action, out=obs[step + 1].numpy())
+                else:
+                    next_obs, reward, term, trunc, infos = train_envs.step(action.reshape(train_envs.action_space.shape))
+                    obs[step + 1] = torch.as_tensor(next_obs.reshape(num_envs, -1))
+                rewards[step] = torch.as_tensor(reward)
+                terminated[step] = torch.as_tensor(term)
+                over = term | trunc
+                done[step] = torch.as_tensor(over)
+                episode_return += reward
+                if over.any():
+                    ended = np.flatnonzero(over)
+                    finals.append((step, ended, np.stack(infos["final_obs"][ended]).reshape(len(ended), -1)))
+                    finished_returns.extend(episode_return[ended].tolist())
+                    episode_return[ended] = 0.0
             if finals:
                 final_obs = torch.as_tensor(np.concatenate([f for _, _, f in finals]), dtype=torch.float32)
                 at_step = torch.as_tensor(np.concatenate([np.full(len(i), s) for s, i, _ in finals]))
                 at_env = torch.as_tensor(np.concatenate([i for _, i, _ in finals]))
-                next_values[at_step, at_env] = agent.value(agent.encode(agent.norm(final_obs.to(device))))
-            deltas = reward_scale * rewards.to(device) - values[:-1]
-            deltas += args.gamma * next_values * ~terminated.to(device)
-            carry = args.gamma * args.gae_lambda * ~done.to(device)
-            running = torch.zeros(args.num_envs, device=device)
-            for step in reversed(range(args.num_steps)):
-                running = deltas[step] + carry[step] * running
-                advantages[step] = running
-            returns = advantages + values[:-1]
+                with torch.no_grad(), autocast():  # never compiled: their number varies
+                    final_values[at_step, at_env] = agent.value(agent.encode(agent.norm(final_obs.to(device)))).float()
+        global_step += steps
+        recent_returns = (recent_returns + finished_returns)[-100:]
 
-        # Update
-        b_x, b_actions, b_logprobs = x[:-1].flatten(0, 1), actions.flatten(0, 1), logprobs.flatten()
-        b_counts, b_obs, b_rows = counts.flatten(0, 1), obs[:-1].flatten(0, 1), panel_rows.flatten().numpy()
-        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values[:-1].flatten()
-        statistics, updates = torch.zeros(5, device=device), 0
-        stop_update = False
+        # Advantages and update
+        estimate_advantages()
+        statistics, updates, stop_update = torch.zeros(5, device=device), 0, False
         for _ in range(args.update_epochs):
-            order = torch.randperm(batch_size).to(device)
+            order = torch.randperm(batch_size, device=device)
             for start in range(0, minibatch_size * args.num_minibatches, minibatch_size):
-                index = order[start : start + minibatch_size]
-                torch.index_select(b_x, 0, index, out=mb_x)
-                mb_input = mb_x
-                if finetuning:  # the same numbers, but for rounding, of which the agents' gradient is known
-                    at, place = np.unique(b_rows[index.cpu().numpy()], return_inverse=True)
-                    mb_obs = b_obs[index.cpu()].to(device)
-                    mb_obs[:, data.layout["assets"]].view(minibatch_size, num_actions, -1)[:, :, said_at] = say(at)[place]
-                    mb_input = agent.norm(mb_obs)
-                mb_features = agent.encode(mb_input)
-                torch.index_select(b_actions, 0, index, out=mb_actions)
-                new_logprob = agent.log_prob(agent.mean(mb_features), mb_actions, b_counts[index])
-                entropy = agent.entropy()
-                logratio = new_logprob - b_logprobs[index]
-                ratio = logratio.exp()
-
-                mb_advantages = b_advantages[index]
-                if args.norm_adv:
-                    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = torch.max(-mb_advantages * ratio, -mb_advantages * clipped).mean()
-
-                new_value, old_value, target = agent.value(mb_features), b_values[index], b_returns[index]
-                v_loss = (new_value - target) ** 2
-                if args.clip_vloss:
-                    v_clipped = old_value + (new_value - old_value).clamp(-args.clip_coef, args.clip_coef)
-                    v_loss = torch.max(v_loss, (v_clipped - target) ** 2)
-                v_loss = 0.5 * v_loss.mean()
-
-                loss = pg_loss - args.ent_coef * entropy + args.vf_coef * v_loss
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
-                optimizer.step()
-                if finetuning:
-                    nn.utils.clip_grad_norm_(agents.parameters(), args.max_grad_norm, foreach=True)
-                    tuner.step()
-                    tuner.zero_grad()
-                with torch.no_grad():
-                    approx_kl = ((ratio - 1) - logratio).mean()  # k3, http://joschu.net/blog/kl-approx.html
-                    clip_fraction = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    statistics += torch.stack([pg_loss, v_loss, entropy, approx_kl, clip_fraction])
-                    updates += 1
-                if args.target_kl is not None and approx_kl.item() > args.target_kl:
+                index.copy_(order[start : start + minibatch_size])
+                loss, watched, ratio, entropy, new_value = update()
+                statistics += watched
+                updates += 1
+                if args.target_kl is not None and average(watched[3].clone()).item() > args.target_kl:
                     stop_update = True
                     break
             if stop_update:
                 break
-        agent.norm.update(obs[:-1].flatten(0, 1).to(device))  # after the update: the first ratio is exactly 1
+        normalise()  # after the update: the first ratio is exactly 1
         if finetuning:  # the accounts of these agents, and what is seen of them from the next bar on
             run_agents("train")
-            obs[-1][:, data.layout["assets"]] = torch.from_numpy(data.assets[train_envs.unwrapped.rows])
+            if on_gpu:  # whose markets have copied the tables: others, which go on where these are
+                state = train_envs.unwrapped.get_state()
+                train_envs = make_envs(dataclasses.replace(args, num_envs=num_envs), splits, env_options, market_device)
+                train_envs.unwrapped.set_state(state)
+            at = torch.as_tensor(train_envs.unwrapped.rows).cpu().numpy()
+            obs[-1][:, data.layout["assets"]] = torch.from_numpy(data.assets[at])
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-        losses = dict(zip(names, (statistics / updates).tolist()))
+        losses = dict(zip(names, (average(statistics) / updates).tolist()))
         train_seconds += time.perf_counter() - tick
 
         # Fail-safe: stop cleanly, and say where
@@ -833,8 +1037,8 @@ if __name__ == "__main__":
 
         # Logging
         sps = int(global_step / train_seconds)
-        explained = 1 - (b_returns - b_values).var() / b_returns.var()
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        explained = 1 - (returns - values[:-1]).var() / returns.var()
+        writer.add_scalar("charts/learning_rate", float(optimizer.param_groups[0]["lr"]), global_step)
         writer.add_scalar("charts/SPS", sps, global_step)
         writer.add_scalar("losses/explained_variance", explained.item(), global_step)
         writer.add_scalar("losses/log_std", agent.log_std.mean().item(), global_step)
@@ -844,7 +1048,7 @@ if __name__ == "__main__":
             writer.add_scalar("charts/episodic_return", np.mean(finished_returns), global_step)
         latest = f"{np.mean(recent_returns):.4g}" if recent_returns else "-"
         progress.set_postfix_str(f"{sps} steps/s, return {latest}", refresh=False)
-        progress.update(batch_size)
+        progress.update(steps)
 
         # Validation: choose the model here, never on the test split
         if is_market and (iteration % args.eval_every == 0 or iteration == num_iterations):
@@ -861,15 +1065,16 @@ if __name__ == "__main__":
         if iteration in log_after or (stop_early and num_iterations in log_after):
             log_dataset(iteration)
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stop_early:
+            envs_state = train_envs.unwrapped.get_state() if is_market else {}
             save_checkpoint(run_dir / "model.pt", {
                 "args": dataclasses.asdict(args), "iteration": num_iterations if stop_early else iteration,
-                "global_step": global_step, "train_seconds": train_seconds,
-                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-                "envs": {k: torch.as_tensor(v) for k, v in train_envs.unwrapped.get_state().items()} if is_market else None,
+                "global_step": global_step, "train_seconds": train_seconds, "processes": world_size,
+                "model": agent.state_dict(), "optimizer": optimizer.state_dict(), "rng": gathered(torch.get_rng_state()),
+                "cuda_rng": gathered(torch.cuda.get_rng_state()) if device.type == "cuda" else None,
+                "envs": {k: gathered(torch.as_tensor(v)) for k, v in envs_state.items()} if is_market else None,
                 "agents": agents.state_dict() if is_market else None, "best_agents": best_agents,
-                "tuner": tuner.state_dict() if is_market else None, "obs": obs[-1],
-                "episode_return": torch.as_tensor(episode_return),
+                "tuner": tuner.state_dict() if is_market else None, "obs": gathered(obs[-1]),
+                "episode_return": gathered(torch.as_tensor(episode_return)),
                 "recent_returns": recent_returns, "best_score": best_score, "best_model": best_model,
                 "evals_since_best": evals_since_best,
             })  # fmt: skip
@@ -946,7 +1151,7 @@ if __name__ == "__main__":
         obs_now, _ = train_envs.reset(seed=args.seed + 10_000)  # episodes that training never saw, without exploration
         returns, episode_return[:] = [], 0.0
         while len(returns) < args.eval_episodes:
-            action = most_likely(obs_now.astype(np.float32).reshape(args.num_envs, -1))
+            action = most_likely(obs_now.astype(np.float32).reshape(num_envs, -1))
             obs_now, reward, term, trunc, _ = train_envs.step(action.reshape(train_envs.action_space.shape))
             episode_return += reward
             returns.extend(episode_return[term | trunc].tolist())
@@ -957,3 +1162,5 @@ if __name__ == "__main__":
     print(f"{run['sps']:.0f} steps/s; run directory {run_dir}")
     if args.track:
         wandb.finish()
+    if world_size > 1:
+        dist.destroy_process_group()

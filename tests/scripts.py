@@ -136,6 +136,7 @@ class PPOScript(Script):
     most_minibatches: int = 1024  # of the short run
     rounded: tuple[str, ...] = ()  # parts of a checkpoint that markets on a GPU leave the same only to rounding
     reseeded: int = 0  # iteration of the short run, at 4 iterations in all, at which it last makes its markets anew
+    captured: tuple[str, ...] = ()  # options that let --cudagraphs record the short run
     plain: tuple[str, ...] = ()  # options that make it the PPO whose arithmetic the tests know, and what of its agent has
     view: Callable = lambda agent: agent  # norm, actor, value(features), log_probs(features, mask), act_greedily(obs, mask)
     sizes: tuple[str, ...] = ("--num-envs", "64", "--num-steps", "16")
@@ -406,6 +407,7 @@ SCRIPTS = {
             make_envs=lambda g: g["make_envs"](g["args"], g["splits"], g["env_options"]),
             make_agent=allocator_agent,
             features=lambda agent, x, memory: (agent.encode(x), memory),
+            captured=("--finetune-fraction", "0"),
             twist=("--log-std", "1"),
             classic=("Pendulum-v1", -2000, -700),
             refused=("CartPole-v1", "continuous"),

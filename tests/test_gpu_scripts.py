@@ -19,23 +19,27 @@ from scripts import SCRIPTS, Run, assert_same_content, assert_same_ledger
 
 pytest_plugins = ["scripts"]
 
-SMALLEST = {  # of those that run on a GPU: their options without compiled kernels
+SMALLEST = {  # of those that run on a GPU: a market, and more options without compiled kernels
     "ppo_leadlag": (
-        "--market", "synthetic:leadlag:bars=300:train=1:val=1:test=1:assets=4:leaders=2:followers=2",
+        "synthetic:leadlag:bars=300:train=1:val=1:test=1:assets=4:leaders=2:followers=2",
         "--num-lookbacks", "3", "--max-lookback", "20",
     ),
-    "ppo_portfolio": ("--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2"),
+    "ppo_portfolio": ("synthetic:ou:bars=300:train=1:val=1:test=1:assets=2",),
     "ppo_recurrent_leadlag": (
-        "--market", "synthetic:hidden:bars=300:train=1:val=1:test=1:assets=4:leaders=1:followers=1",
+        "synthetic:hidden:bars=300:train=1:val=1:test=1:assets=4:leaders=1:followers=1",
         "--num-lookbacks", "3", "--max-lookback", "20", "--hidden", "8",
     ),
     "ppo_transformer_trading": (
-        "--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2", "--window", "3", "--width", "8",
+        "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2", "--window", "3", "--width", "8",
     ),
-    "ppo_quantile_portfolio": ("--market", "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2"),
+    "ppo_quantile_portfolio": ("synthetic:ou:bars=300:train=1:val=1:test=1:assets=2",),
     "ppo_hierarchical_trading": (
-        "--market", "synthetic:modes:bars=300:train=1:val=1:test=1:assets=1:regime_bars=20", "--stages", "0.25", "0.25", "0.5",
+        "synthetic:modes:bars=300:train=1:val=1:test=1:assets=1:regime_bars=20", "--stages", "0.25", "0.25", "0.5",
         "--decide-every", "3", "--episode-length", "4",
+    ),
+    "ppo_allocator_portfolio": (
+        "synthetic:ou:bars=300:train=1:val=1:test=1:assets=2",
+        "--hidden", "8", "--finetune-fraction", "0.5", "--finetune-rate", "0.01",
     ),
 }  # fmt: skip
 FEW = ("--num-envs", "4", "--num-steps", "8", "--episode-length", "9", "--total-timesteps", "128", "--num-minibatches", "2")
@@ -64,7 +68,8 @@ def test_markets_on_a_device_change_nothing(script, tmp_path):
     """The path that a GPU takes, on the simulator: the same weights, markets and last returns, and so the same ledger. Weights
     only to rounding where its update sums in another order."""
     simulator = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
-    options = (*FEW, *SMALLEST[script.name], "--num-threads", "1", "--no-cuda", "--market-device")
+    market, *own = SMALLEST[script.name]
+    options = (*script.on(market), *FEW, *own, "--num-threads", "1", "--no-cuda", "--market-device")
     host, device = (trained(script, tmp_path / name, *options, name, **simulator) for name in ("cpu", "cuda"))
     ours, theirs = device.model, host.model
     assert ours["iteration"] == 4 and len(ours["recent_returns"]) >= 12
@@ -119,7 +124,7 @@ def test_compiled_equals_eager(script, tmp_path):
 @pytest.mark.parametrize("options", (("--cudagraphs",), ("--compile", "--cudagraphs")))
 def test_captured_equals_eager_bit_for_bit(script, tmp_path, options):
     """Over many resets: episodes are shorter than a rollout."""
-    short = (*on_any_device(script), "--episode-length", "9", "--total-timesteps", "20480")
+    short = (*on_any_device(script), *script.captured, "--episode-length", "9", "--total-timesteps", "20480")
     plain = trained(script, tmp_path / "plain", *short, *(o for o in options if o != "--cudagraphs"))
     captured = trained(script, tmp_path / "captured", *short, *options)
     assert captured.json["args"]["cudagraphs"]
@@ -187,7 +192,9 @@ SPY = """
 import os, runpy, sys, torch
 folder, sys.argv = sys.argv[1], sys.argv[2:]
 g = runpy.run_path(sys.argv[0], run_name="__main__")
-torch.save({"model": g["agent"].state_dict(), "actions": g["actions"]}, f"{folder}/rank{os.environ['RANK']}.pt")
+optimizers = [value.state_dict() for value in g.values() if isinstance(value, torch.optim.Optimizer)]
+found = {"model": g["agent"].state_dict(), "optimizers": optimizers, "actions": g["actions"]}
+torch.save(found, f"{folder}/rank{os.environ['RANK']}.pt")
 """
 
 
@@ -214,6 +221,8 @@ def test_two_processes_learn_one_policy_from_different_actions(pair):
     home = pair.folder.parents[1]
     first, second = (torch.load(home / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert_same_content(first["model"], second["model"])
+    assert_same_content(first["optimizers"], second["optimizers"])
+    assert all(optimizer["state"] for optimizer in first["optimizers"])
     assert (first["actions"] != second["actions"]).any() and len(pair.ledger)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import count
@@ -242,7 +244,7 @@ def test_scores_are_budgets_of_what_the_agents_ask_for(frozen):
     rng = np.random.default_rng(0)
     for size in (0.5, 3.0):
         actions = rng.normal(0, size, (200, 3))
-        scores = g["to_scores"](data, actions, rows)
+        scores = g["to_scores"](actions, *g["asked"](data, rows))
         asked = np.exp(actions) * target / 3
         share = np.maximum(1.0, asked.sum(axis=1, keepdims=True))
         np.testing.assert_allclose(scores[:, :3], asked / share, rtol=1e-6, atol=1e-12)
@@ -251,6 +253,18 @@ def test_scores_are_budgets_of_what_the_agents_ask_for(frozen):
     assert (share > 1).any() and (share == 1).any()
     space = g["train_envs"].single_action_space
     assert space.shape == (3,) and np.exp(space.high) == pytest.approx([3] * 3) and (space.low == -5).all()
+
+
+def test_scores_of_tensors_are_those_of_arrays(frozen):
+    """As on a GPU; exponentials and sums may be rounded otherwise before they become float32."""
+    g, rows = frozen, np.arange(70, 270)
+    target, gross = g["asked"](g["data"], rows)
+    for size, cap in ((0.5, 1.0), (3.0, 1.0), (3.0, 0.2)):
+        actions = np.random.default_rng(1).normal(0, size, (200, 3)).astype(np.float32)
+        expected = g["to_scores"](actions, target, cap * gross)
+        found = g["to_scores"](*(torch.tensor(array) for array in (actions, target, cap * gross)))
+        assert found.dtype == torch.float32 and expected.dtype == np.float32
+        np.testing.assert_array_max_ulp(found.numpy(), expected, maxulp=1)
 
 
 def test_weights_keep_to_the_constraints(script, inside):
@@ -263,7 +277,7 @@ def test_weights_keep_to_the_constraints(script, inside):
     assert both.any()
     # cut in proportion before the projection, which then has nothing left to do but for the cap of a symbol
     rows = np.arange(70, 170)
-    scores = g["to_scores"](g["data"], np.full((100, 3), 1.0), rows)
+    scores = g["to_scores"](np.full((100, 3), 1.0), *g["asked"](g["data"], rows))
     assert scores.sum(axis=1) == pytest.approx(np.full(100, 0.2))
 
 
@@ -359,6 +373,20 @@ def test_symbols_share_the_statistics_of_their_entries(script):
     torch.testing.assert_close(found[:, agent.rest].double(), expected, atol=2e-3, rtol=2e-3)
 
 
+def test_statistics_are_shared_alike_on_a_gpu(script):
+    """By the sum that stands in for index_add_ there."""
+    agent = make_agent(script)
+    agent.norm.update(observations(agent, n=400))
+    mean = agent.norm.mean
+
+    class Elsewhere(torch.Tensor):
+        is_cuda = True
+
+    found = agent.norm.shared(mean.as_subclass(Elsewhere)).as_subclass(torch.Tensor)
+    torch.testing.assert_close(found, agent.norm.shared(mean), rtol=1e-14, atol=1e-14)
+    assert found.unique().numel() < mean.unique().numel()
+
+
 def test_the_network_reads_the_markets_blocks(frozen):
     g = frozen
     agent, layout, names = g["agent"], g["data"].layout, g["data"].features
@@ -378,7 +406,7 @@ def test_actions_without_effect_have_no_gradient(frozen):
     actions = g["actions"][0].clone()
     other = torch.where(counts, actions, actions + 1.0)
     assert not torch.equal(other, actions)
-    assert_same_bits(*(g["to_scores"](g["data"], a.numpy(), rows) for a in (actions, other)))
+    assert_same_bits(*(g["to_scores"](a.numpy(), *g["asked"](g["data"], rows)) for a in (actions, other)))
     mean = torch.zeros_like(actions)
     assert torch.equal(*(g["agent"].log_prob(mean, a, counts) for a in (actions, other)))
 
@@ -541,6 +569,17 @@ def test_it_is_ranked_beside_the_agents(script, base, agents, tmp_path):
 def test_bad_input_is_named(script, complaint, options, words):
     line = complaint(*script.short, *options)
     assert all(re.search(word, line) for word in words), line
+
+
+def test_agents_that_learn_cannot_be_recorded(script, monkeypatch, tmp_path):
+    """As on a machine with a GPU, where --cudagraphs is not left out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    options = ["--cudagraphs", "--market-device", "cuda", "--finetune-fraction", "0.2", "--num-threads", "1"]
+    monkeypatch.setattr(sys, "argv", [str(script.path), *options])
+    refused = pytest.raises(SystemExit, match="^--cudagraphs: expected --finetune-fraction 0: ")
+    with running(script, tmp_path), refused:  # puts torch's settings back
+        runpy.run_path(str(script.path), run_name="__main__")
 
 
 def test_a_market_needs_agents(script, complaint):
