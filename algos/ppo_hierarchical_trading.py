@@ -636,6 +636,8 @@ if __name__ == "__main__":
             print(f"markets on the CPU: {reason}")
         market_device = "cpu" if missing or reason else str(device)
     on_gpu = market_device != "cpu"
+    if on_gpu and missing and torch.cuda.is_available():
+        sys.exit(f"--market-device {args.market_device}: expected the networks there too, not --no-cuda")
     if args.cudagraphs and not on_gpu:
         sys.exit("--cudagraphs: expected markets on the GPU (Trading-v0 and --market-device auto or cuda)")
     if rank > 0:  # this process does all that the first one does, so that it decides alike, but keeps nothing of it

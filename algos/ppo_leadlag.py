@@ -393,6 +393,8 @@ if __name__ == "__main__":
             print(f"markets on the CPU: {reason}")
         market_device = "cpu" if missing or reason else str(device)
     on_gpu = market_device != "cpu"
+    if on_gpu and missing and torch.cuda.is_available():
+        sys.exit(f"--market-device {args.market_device}: expected the networks there too, not --no-cuda")
     if args.cudagraphs and not on_gpu:
         sys.exit("--cudagraphs: expected markets on the GPU (LeadLag-v0 and --market-device auto or cuda)")
     shaped = args.curriculum is not None or any(getattr(args, f"reward_{name}") for name in SHAPING)

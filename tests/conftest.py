@@ -237,7 +237,7 @@ def assert_same_rollout(found: dict, expected: dict):
 def run_python(*args: str, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """A fresh interpreter with envs/ and tests/ of `cwd` on its path; numba's switches come from `environment` alone."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "PYTEST_"))}
-    path = os.pathsep.join((str(cwd), str(cwd / "tests")))
+    path = os.pathsep.join((str(cwd), str(cwd / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])))
     return subprocess.run(
         [sys.executable, *args],
         cwd=cwd,

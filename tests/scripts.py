@@ -491,12 +491,18 @@ class Run:
         return pd.read_parquet(self.folder / "ledger.parquet")
 
 
-def finish(script: Script, *options, runs_dir: Path) -> Run:
+def finish(script: Script, *options, runs_dir: Path, **environment: str) -> Run:
     """Run the script in a process of its own."""
-    done = run_python(str(script.path), *options, "--runs-dir", str(runs_dir))
+    done = run_python(str(script.path), *options, "--runs-dir", str(runs_dir), timeout=600, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = runs_dir.iterdir()
     return Run(folder, done)
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    """Two processes on this machine."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return run_python(*start, *command, OMP_NUM_THREADS="1")
 
 
 @functools.cache
@@ -509,6 +515,8 @@ def agents_run(name: str, market: str) -> Path:
 
 
 KEPT = []  # folders that are deleted at the end
+SIMULATOR = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1", "CUDA_VISIBLE_DEVICES": ""}  # of a GPU, in the environment
+with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def features_of(script: PPOScript, agent, x: torch.Tensor, starts: np.ndarray) -> torch.Tensor:

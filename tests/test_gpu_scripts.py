@@ -4,18 +4,13 @@ Without a GPU: markets on Numba's simulator, torch.compile on the CPU, and proce
 skipped there: it is to be run on a machine that has one.
 """
 
-import json
-import os
+import inspect
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python
-from scripts import SCRIPTS, Run, assert_same_content, assert_same_ledger
+from scripts import SCRIPTS, SIMULATOR, Run, assert_same_content, assert_same_ledger, finish, torchrun, with_gpu
 
 pytest_plugins = ["scripts"]
 
@@ -43,20 +38,11 @@ SMALLEST = {  # of those that run on a GPU: a market, and more options without c
     ),
 }  # fmt: skip
 FEW = ("--num-envs", "4", "--num-steps", "8", "--episode-length", "9", "--total-timesteps", "128", "--num-minibatches", "2")
-with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture(params=SMALLEST)
 def script(request):
     return SCRIPTS[request.param]
-
-
-def trained(script, runs: Path, *options, **environment) -> Run:
-    """The run of a process of its own."""
-    done = run_python("-W", "ignore", str(script.path), *options, "--runs-dir", str(runs), timeout=600, **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder,) = runs.iterdir()
-    return Run(folder, done)
 
 
 def on_any_device(script) -> list[str]:
@@ -67,10 +53,9 @@ def on_any_device(script) -> list[str]:
 def test_markets_on_a_device_change_nothing(script, tmp_path):
     """The path that a GPU takes, on the simulator: the same weights, markets and last returns, and so the same ledger. Weights
     only to rounding where its update sums in another order."""
-    simulator = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
     market, *own = SMALLEST[script.name]
     options = (*script.on(market), *FEW, *own, "--num-threads", "1", "--no-cuda", "--market-device")
-    host, device = (trained(script, tmp_path / name, *options, name, **simulator) for name in ("cpu", "cuda"))
+    host, device = (finish(script, *options, name, runs_dir=tmp_path / name, **SIMULATOR) for name in ("cpu", "cuda"))
     ours, theirs = device.model, host.model
     assert ours["iteration"] == 4 and len(ours["recent_returns"]) >= 12
     np.testing.assert_allclose(ours.pop("recent_returns"), theirs.pop("recent_returns"), rtol=1e-12)
@@ -84,9 +69,10 @@ def test_markets_on_a_device_change_nothing(script, tmp_path):
 
 
 def test_without_a_gpu_its_flags_are_left_out_and_said(script, inside, capsys):
-    plain = Run(inside(*script.short)["run_dir"])
+    short = (*script.short, "--total-timesteps", "2048")
+    plain = Run(inside(*short)["run_dir"])
     capsys.readouterr()
-    asked = Run(inside(*script.short, "--amp", "--cudagraphs")["run_dir"])
+    asked = Run(inside(*short, "--amp", "--cudagraphs")["run_dir"])
     printed = capsys.readouterr().out
     assert "device  cpu (--no-cuda)" in printed
     assert "--amp: --no-cuda; left out" in printed and "--cudagraphs: --no-cuda; left out" in printed
@@ -95,8 +81,9 @@ def test_without_a_gpu_its_flags_are_left_out_and_said(script, inside, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["ppo_leadlag"], indirect=True)
 def test_no_cuda_device_is_said(script, tmp_path):
-    run = trained(script, tmp_path, *on_any_device(script), "--total-timesteps", "1024", "--amp")
+    run = finish(script, *on_any_device(script), "--total-timesteps", "1024", "--amp", runs_dir=tmp_path)
     assert "device  cpu (no CUDA device)" in run.done.stdout and "--amp: no CUDA device; left out" in run.done.stdout
     assert run.json["device"] == "cpu"
 
@@ -112,10 +99,8 @@ def test_bad_devices_are_named(script, complaint):
 def test_compiled_equals_eager(script, tmp_path):
     """To rounding, after a few updates; the random numbers are the same."""
     options = (*script.short, "--total-timesteps", "4096")
-    eager, compiled = (
-        trained(script, tmp_path / "eager", *options),
-        trained(script, tmp_path / "compiled", *options, "--compile"),
-    )
+    eager = finish(script, *options, runs_dir=tmp_path / "eager")
+    compiled = finish(script, *options, "--compile", runs_dir=tmp_path / "compiled")
     for name, values in eager.model["model"].items():
         torch.testing.assert_close(compiled.model["model"][name], values, atol=1e-5, rtol=1e-5)
 
@@ -125,8 +110,9 @@ def test_compiled_equals_eager(script, tmp_path):
 def test_captured_equals_eager_bit_for_bit(script, tmp_path, options):
     """Over many resets: episodes are shorter than a rollout."""
     short = (*on_any_device(script), *script.captured, "--episode-length", "9", "--total-timesteps", "20480")
-    plain = trained(script, tmp_path / "plain", *short, *(o for o in options if o != "--cudagraphs"))
-    captured = trained(script, tmp_path / "captured", *short, *options)
+    eager = (option for option in options if option != "--cudagraphs")
+    plain = finish(script, *short, *eager, runs_dir=tmp_path / "plain")
+    captured = finish(script, *short, *options, runs_dir=tmp_path / "captured")
     assert captured.json["args"]["cudagraphs"]
     assert_same_content(captured.model["model"], plain.model["model"])
     for name in ("state", "memory", "mask"):  # calls of step, which some count besides, are none in a replay
@@ -136,21 +122,13 @@ def test_captured_equals_eager_bit_for_bit(script, tmp_path, options):
 @with_gpu
 def test_bfloat16_learns_about_the_same(script, tmp_path):
     short = on_any_device(script)
-    plain, amp = trained(script, tmp_path / "plain", *short), trained(script, tmp_path / "amp", *short, "--amp")
+    plain, amp = finish(script, *short, runs_dir=tmp_path / "plain"), finish(script, *short, "--amp", runs_dir=tmp_path / "amp")
     assert amp.json["args"]["amp"]
     for name, values in plain.model["model"].items():
         torch.testing.assert_close(amp.model["model"][name], values, atol=0.05, rtol=0.1)
 
 
 # Several processes
-
-
-def torchrun(*command, timeout=300) -> subprocess.CompletedProcess:
-    """Two processes on this machine."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*start, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 TOGETHER = """
@@ -182,6 +160,23 @@ dist.destroy_process_group()
 """
 
 
+SHARED = (
+    "processes", "average", "gathered", "Captured", "RunningNorm", "layer_init", "FastTanh", "Tanh", "draw", "pick",
+    "save_checkpoint",
+)  # fmt: skip
+
+
+def test_what_scripts_share_is_the_same(script):
+    """To the letter: a test of one script's is a test of all."""
+    known = SCRIPTS["ppo_leadlag"].module
+    own = {"RunningNorm"} if script.name == "ppo_allocator_portfolio" else set()  # it counts symbols as one
+    lacking = {name for name in SHARED if not hasattr(script.module, name)}
+    assert lacking <= {"draw", "pick"}
+    for name in set(SHARED) - own - lacking:
+        assert inspect.getsource(getattr(script.module, name)) == inspect.getsource(getattr(known, name)), name
+
+
+@pytest.mark.parametrize("script", ["ppo_leadlag", "ppo_allocator_portfolio"], indirect=True)
 def test_what_processes_share(script, tmp_path):
     (tmp_path / "together.py").write_text(TOGETHER)
     done = torchrun(str(tmp_path / "together.py"), str(script.path))
@@ -190,11 +185,18 @@ def test_what_processes_share(script, tmp_path):
 
 SPY = """
 import os, runpy, sys, torch
-folder, sys.argv = sys.argv[1], sys.argv[2:]
+folder, save, sys.argv = sys.argv[1], torch.save, sys.argv[2:]
+
+def keep(content, path):
+    save(content, path)
+    if content["iteration"] == 2 and os.environ["RANK"] == "0":
+        save(content, f"{folder}/second.pt")
+
+torch.save = keep
 g = runpy.run_path(sys.argv[0], run_name="__main__")
 optimizers = [value.state_dict() for value in g.values() if isinstance(value, torch.optim.Optimizer)]
 found = {"model": g["agent"].state_dict(), "optimizers": optimizers, "actions": g["actions"]}
-torch.save(found, f"{folder}/rank{os.environ['RANK']}.pt")
+save(found, f"{folder}/rank{os.environ['RANK']}.pt")
 """
 
 
@@ -205,7 +207,8 @@ def pairs() -> dict[str, Run]:
 
 @pytest.fixture
 def pair(script, pairs, tmp_path_factory) -> Run:
-    """A run of two processes, which have left rank0.pt and rank1.pt beside its folder of runs; the same one in all tests."""
+    """A run of two processes; the same one in all tests. Beside its folder of runs lie rank0.pt and rank1.pt, of both at the
+    end, and second.pt, the checkpoint of its second iteration."""
     if script.name not in pairs:
         home = tmp_path_factory.mktemp(script.name)
         (home / "spy.py").write_text(SPY)
@@ -226,7 +229,7 @@ def test_two_processes_learn_one_policy_from_different_actions(pair):
     assert (first["actions"] != second["actions"]).any() and len(pair.ledger)
 
 
-def test_two_processes_share_the_markets_and_go_on_where_they_were(script, pair, inside, tmp_path):
+def test_two_processes_share_the_markets(script, pair, inside):
     saved = pair.model
     assert pair.json["status"] == "finished" and pair.json["processes"] == 2 and pair.json["env_steps"] == 4096
     assert pair.json["args"]["num_envs"] == 64 and saved["obs"].shape[0] == 64
@@ -240,10 +243,6 @@ def test_two_processes_share_the_markets_and_go_on_where_they_were(script, pair,
 
     with pytest.raises(SystemExit, match="a run of 2 processes; expected as many, not 1"):
         inside("--resume", str(pair.folder))
-    copy = Path(shutil.copytree(pair.folder, tmp_path / "copy"))
-    again = torchrun(str(script.path), "--resume", str(copy))
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert_same_ledger(Run(copy).ledger, pair.ledger)
 
 
 @pytest.mark.parametrize("script", [name for name in SMALLEST if SCRIPTS[name].env_id == "Trading-v0"], indirect=True)
@@ -256,23 +255,18 @@ def test_two_processes_trade_the_symbols_of_one(script, pair, inside):
 
 
 def test_a_killed_run_of_two_processes_ends_like_one_that_was_not(script, pair, tmp_path):
-    """The checkpoint of its second iteration, as if the kill had come after it."""
-    options = [*script.short, "--total-timesteps", "4096", "--runs-dir", str(tmp_path / "cut")]
-    stop = "import os, sys, runpy, torch\nsave, saved = torch.save, []\n"
-    stop += "def once(content, path):\n    save(content, path)\n    saved.append(1)\n"
-    stop += "    if len(saved) == 2:\n        os.replace(path, path.with_suffix('.pt'))\n        os._exit(9)\n"
-    stop += "torch.save = once\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    (tmp_path / "stop.py").write_text(stop)
-    torchrun(str(tmp_path / "stop.py"), str(script.path), *options, "--checkpoint-every", "1")
-    (folder,) = (tmp_path / "cut").iterdir()
-    assert torch.load(folder / "model.pt", weights_only=True)["iteration"] == 2
-    assert json.loads((folder / "run.json").read_text())["status"] == "running"
+    """Killed after its second iteration."""
+    folder = tmp_path / pair.folder.name
+    folder.mkdir()
+    shutil.copy(pair.folder.parents[1] / "second.pt", folder / "model.pt")
     done = torchrun(str(script.path), "--resume", str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
+    resumed = Run(folder)
     for part in ("model", "envs", "rng"):
-        assert_same_content(Run(folder).model[part], pair.model[part])
+        assert_same_content(resumed.model[part], pair.model[part])
+    assert_same_ledger(resumed.ledger, pair.ledger)
 
 
-def test_markets_that_cannot_be_shared_are_refused(script):
-    done = torchrun(str(script.path), "--num-envs", "7", "--no-cuda")
-    assert done.returncode != 0 and "--num-envs 7: expected a multiple of the 2 processes" in done.stderr
+def test_markets_that_cannot_be_shared_are_refused(script, complaint, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert complaint(*script.short, "--num-envs", "7") == "--num-envs 7: expected a multiple of the 2 processes"

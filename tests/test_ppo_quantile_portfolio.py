@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
-from scripts import SCRIPTS, Bandit, Run, Toy, assert_same_content, pinball
+from scripts import SCRIPTS, SIMULATOR, Bandit, Run, Toy, assert_same_content, finish, pinball, torchrun, with_gpu
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_gpu_scripts import torchrun, trained, with_gpu
 
 from envs import portfolio_references
 from envs.ledger import growth
@@ -507,9 +506,9 @@ def test_budgets_on_a_device_change_nothing(script, tmp_path):
     """The rollout that a GPU takes, on the simulator: the same accounts and outcomes, and so the same weights."""
     options = [*STATIC, "--market", "synthetic:tail:bars=300:train=1:val=1:test=1", "--num-envs", "4", "--num-steps", "16"]
     options += ["--cvar-alpha", "0.5", "--num-minibatches", "1", "--total-timesteps", "128", "--num-threads", "1", "--no-cuda"]
-    simulator = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
     host, device = (
-        trained(script, tmp_path / name, *options, "--market-device", name, **simulator).model for name in ("cpu", "cuda")
+        finish(script, *options, "--market-device", name, runs_dir=tmp_path / name, **SIMULATOR).model
+        for name in ("cpu", "cuda")
     )
     assert len(host["account"][3]) > 10 and host["model"]["budget"] != 0.0
     for part in ("model", "account", "envs"):
@@ -520,9 +519,8 @@ def test_budgets_on_a_device_change_nothing(script, tmp_path):
 @pytest.mark.parametrize("options", (STATIC, ITERATED))
 def test_captured_equals_eager_while_the_level_falls(script, tmp_path, options):
     short = [option for option in script.budget if option != "--no-cuda"] + [*options, "--anneal-alpha", "0.5"]
-    plain, captured = (
-        trained(script, tmp_path / name, *short, *more).model for name, more in (("plain", ()), ("captured", ("--cudagraphs",)))
-    )
+    plain = finish(script, *short, runs_dir=tmp_path / "plain").model
+    captured = finish(script, *short, "--cudagraphs", runs_dir=tmp_path / "captured").model
     for part in ("model", "account"):
         assert_same_content(captured[part], plain[part], part)
 

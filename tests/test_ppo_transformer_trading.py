@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run_python
-from scripts import SCRIPTS, Run, candles, finish, prices
+from scripts import SCRIPTS, Run, candles, finish, prices, with_gpu
 
 from envs import ledger, trades, trading_references
 from envs.costs import RUIN
@@ -141,7 +141,7 @@ def test_initial_weights(script):
     assert all((p == 0).all() for name, p in agent.named_parameters() if name.endswith("bias"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@with_gpu
 @pytest.mark.parametrize("precision", ([], ["--amp"]))
 def test_more_windows_at_once_than_a_grid_of_blocks_has(script, tmp_path, precision):
     """65,535: in the rollout, and in a minibatch with its gradients."""
