@@ -14,7 +14,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -517,6 +517,11 @@ def agents_run(name: str, market: str) -> Path:
 KEPT = []  # folders that are deleted at the end
 SIMULATOR = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1", "CUDA_VISIBLE_DEVICES": ""}  # of a GPU, in the environment
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def quick_for(*names: str, of: Iterable[str]) -> list:
+    """Parameters of a test of scripts, which is slow for all but those named."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in of]
 
 
 def features_of(script: PPOScript, agent, x: torch.Tensor, starts: np.ndarray) -> torch.Tensor:

@@ -10,7 +10,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from scripts import SCRIPTS, SIMULATOR, Run, assert_same_content, assert_same_ledger, finish, torchrun, with_gpu
+from scripts import (
+    SCRIPTS,
+    SIMULATOR,
+    Run,
+    assert_same_content,
+    assert_same_ledger,
+    finish,
+    quick_for,
+    torchrun,
+    with_gpu,
+)
 
 pytest_plugins = ["scripts"]
 
@@ -245,7 +255,7 @@ def test_two_processes_share_the_markets(script, pair, inside):
         inside("--resume", str(pair.folder))
 
 
-@pytest.mark.parametrize("script", [name for name in SMALLEST if SCRIPTS[name].env_id == "Trading-v0"], indirect=True)
+@pytest.mark.parametrize("script", ["ppo_transformer_trading"], indirect=True)
 def test_two_processes_trade_the_symbols_of_one(script, pair, inside):
     """Market for market, by number: shares of 32 markets, which 3 symbols do not divide."""
     state = inside(*script.short, "--total-timesteps", "1024")["train_envs"].unwrapped._state
@@ -254,6 +264,7 @@ def test_two_processes_trade_the_symbols_of_one(script, pair, inside):
     np.testing.assert_array_equal(together["symbol"], state.symbol)
 
 
+@pytest.mark.parametrize("script", quick_for("ppo_leadlag", "ppo_hierarchical_trading", of=SMALLEST), indirect=True)
 def test_a_killed_run_of_two_processes_ends_like_one_that_was_not(script, pair, tmp_path):
     """Killed after its second iteration."""
     folder = tmp_path / pair.folder.name

@@ -23,6 +23,7 @@ from scripts import (
     actions_of,
     assert_same_content,
     assert_same_run,
+    quick_for,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -163,6 +164,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(script, base, in
     assert not torch.equal(other.model["rng"], base.model["rng"])
 
 
+@pytest.mark.parametrize("script", quick_for("ppo_leadlag", "ppo_portfolio", "grpo_diffmarket", of=SCRIPTS), indirect=True)
 def test_the_same_seed_gives_the_same_bits_on_two_threads(script, inside):
     options = [*script.short, "--total-timesteps", "2048"]
     first, second = (Run(inside(*options, num_threads=2)["run_dir"]) for _ in range(2))
