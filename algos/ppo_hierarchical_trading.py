@@ -321,8 +321,11 @@ def fixed_shapes(x):
 
 
 def pick(x, index):
-    """(...,) entries of x (..., A) with the numbers index (...). Not by gather, whose gradient sorts on a GPU."""
-    return torch.where(torch.arange(x.shape[-1], device=x.device) == index[..., None], x, 0.0).sum(dim=-1)
+    """(...,) entries of x (..., A) with the numbers index (...)."""
+    if x.device.type == "cpu":
+        return x.gather(-1, index[..., None]).squeeze(-1)
+    chosen = torch.arange(x.shape[-1], device=x.device) == index[..., None]  # there the gradient of gather would sort
+    return torch.where(chosen, x, 0.0).sum(dim=-1)
 
 
 class Agent(nn.Module):
@@ -361,7 +364,7 @@ class Agent(nn.Module):
         """(n, A) log-probabilities of each row's specialist (n,) given normalised observations; others than mask and
         `allowed` let through have about -1e8."""
         if fixed_shapes(x):
-            return pick(self.all_log_probs(x, mask).transpose(1, 2), specialist[:, None])
+            return pick(self.all_log_probs(x, mask).transpose(1, 2), specialist[:, None].expand(mask.shape))
         logits = x.new_zeros(mask.shape)
         for k, actor in enumerate(self.specialists):  # each on its own rows: a third of the work of all on all
             rows = (specialist == k).nonzero().squeeze(1)

@@ -368,8 +368,11 @@ def draw(p):
 
 
 def pick(x, index):
-    """(...,) entries of x (..., A) with the numbers index (...). Not by gather, whose gradient sorts on a GPU."""
-    return torch.where(torch.arange(x.shape[-1], device=x.device) == index[..., None], x, 0.0).sum(dim=-1)
+    """(...,) entries of x (..., A) with the numbers index (...)."""
+    if x.device.type == "cpu":
+        return x.gather(-1, index[..., None]).squeeze(-1)
+    chosen = torch.arange(x.shape[-1], device=x.device) == index[..., None]  # there the gradient of gather would sort
+    return torch.where(chosen, x, 0.0).sum(dim=-1)
 
 
 def make_envs(args, splits, env_options, device="cpu"):

@@ -130,6 +130,22 @@ def test_captured_equals_eager_bit_for_bit(script, tmp_path, options):
 
 
 @with_gpu
+@pytest.mark.parametrize("script", ["ppo_leadlag"], indirect=True)
+def test_what_depends_on_the_device_is_the_same(script):
+    """Numbers and gradients of `pick`, and shares of what `draw` draws."""
+    x, index = torch.randn((1000, 7)), torch.randint(7, (1000,))
+    results = []
+    for device in ("cpu", "cuda"):
+        there = x.to(device).requires_grad_()
+        found = script.module.pick(there, index.to(device))
+        results.append((found, torch.autograd.grad(found.square().sum(), there)[0]))
+    assert_same_content(*([part.detach().cpu() for part in result] for result in results))
+    p = torch.tensor([0.5, 0.0, 0.3, 0.2], device="cuda").expand(100_000, 4)
+    shares = script.module.draw(p).bincount(minlength=4) / len(p)
+    assert shares[1] == 0.0 and (shares - p[0]).abs().max() < 0.01
+
+
+@with_gpu
 def test_bfloat16_learns_about_the_same(script, tmp_path):
     short = on_any_device(script)
     plain, amp = finish(script, *short, runs_dir=tmp_path / "plain"), finish(script, *short, "--amp", runs_dir=tmp_path / "amp")
