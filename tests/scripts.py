@@ -24,6 +24,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, assert_same_bits, run_python
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from envs.costs import Costs, load_costs
 from envs.features import ASSET_FEATURES
@@ -491,9 +492,10 @@ class Run:
         return pd.read_parquet(self.folder / "ledger.parquet")
 
 
-def finish(script: Script, *options, runs_dir: Path, **environment: str) -> Run:
-    """Run the script in a process of its own."""
-    done = run_python(str(script.path), *options, "--runs-dir", str(runs_dir), timeout=600, **environment)
+def finish(script: Script, *options, runs_dir: Path, spy: Path | None = None, **environment: str) -> Run:
+    """Run the script in a process of its own, or a spy that runs it and looks at what it leaves."""
+    start = [str(path) for path in (spy, script.path) if path]
+    done = run_python(*start, *options, "--runs-dir", str(runs_dir), timeout=600, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = runs_dir.iterdir()
     return Run(folder, done)
@@ -522,6 +524,17 @@ with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def quick_for(*names: str, of: Iterable[str]) -> list:
     """Parameters of a test of scripts, which is slow for all but those named."""
     return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in of]
+
+
+class NothingWaits(TorchDispatchMode):
+    """Fails at what no CUDA graph records: a number for the host, a shape that depends on numbers."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select"), name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(at is None or at.dtype != torch.bool for at in args[1]), f"{name} by a mask"
+        return function(*args, **(kwargs or {}))
 
 
 def features_of(script: PPOScript, agent, x: torch.Tensor, starts: np.ndarray) -> torch.Tensor:

@@ -60,12 +60,28 @@ def on_any_device(script) -> list[str]:
     return [option for option in script.short if option != "--no-cuda"]
 
 
+RECORDED = """
+import runpy, sys
+from scripts import NothingWaits
+sys.argv = sys.argv[1:]
+g = runpy.run_path(sys.argv[0], run_name="__main__")
+g["update"].__globals__.update(finetuning=False, fixed_shapes=lambda x: True)  # as a script has it when it is recorded
+with NothingWaits():
+    for name in ("rollout", "estimate_advantages", "update", "normalise"):
+        g[name]()
+"""
+
+
 def test_markets_on_a_device_change_nothing(script, tmp_path):
     """The path that a GPU takes, on the simulator: the same weights, markets and last returns, and so the same ledger. Weights
-    only to rounding where its update sums in another order."""
+    only to rounding where its update sums in another order. Nothing that --cudagraphs would record waits for a number."""
+    (tmp_path / "recorded.py").write_text(RECORDED)
     market, *own = SMALLEST[script.name]
     options = (*script.on(market), *FEW, *own, "--num-threads", "1", "--no-cuda", "--market-device")
-    host, device = (finish(script, *options, name, runs_dir=tmp_path / name, **SIMULATOR) for name in ("cpu", "cuda"))
+    host, device = (
+        finish(script, *options, name, runs_dir=tmp_path / name, spy=spy, **SIMULATOR)
+        for name, spy in (("cpu", None), ("cuda", tmp_path / "recorded.py"))
+    )
     ours, theirs = device.model, host.model
     assert ours["iteration"] == 4 and len(ours["recent_returns"]) >= 12
     np.testing.assert_allclose(ours.pop("recent_returns"), theirs.pop("recent_returns"), rtol=1e-12)

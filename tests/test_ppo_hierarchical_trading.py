@@ -9,9 +9,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from scripts import SCRIPTS, Bandit, Run, candles, finish, prices
+from scripts import SCRIPTS, Bandit, NothingWaits, Run, candles, finish, prices
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from envs.synthetic import make_panel
 from envs.trading import ORDERS, TradingVectorEnv
@@ -406,17 +405,6 @@ def test_the_gates_loss_is_its_parts(script, inside, fixed):
     torch.testing.assert_close(watched[5:].double(), torch.stack([policy, value, entropy, spread]), atol=1e-5, rtol=1e-4)
     rest = watched[0] - g["args"].ent_coef * watched[2] + 0.4 * watched[1]
     assert float(loss - rest) == pytest.approx(float(policy + 0.4 * value - 0.2 * entropy - 0.3 * spread), rel=1e-3, abs=1e-5)
-
-
-class NothingWaits(TorchDispatchMode):
-    """Fails at what no CUDA graph records: a number for the host, a shape that depends on numbers."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select"), name
-        if name in ("index", "index_put", "index_put_"):
-            assert all(at is None or at.dtype != torch.bool for at in args[1]), f"{name} by a mask"
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
