@@ -114,10 +114,13 @@ def test_no_cuda_device_is_said(script, tmp_path):
     assert run.json["device"] == "cpu"
 
 
-def test_bad_devices_are_named(script, complaint):
+def test_bad_devices_are_named(script, complaint, monkeypatch):
     assert "--market-device gpu: expected auto, cpu or cuda" in complaint(*script.short, "--market-device", "gpu")
     if not torch.cuda.is_available():
         assert "device='cuda': torch" in complaint(*script.short, "--market-device", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = complaint(*script.short, "--market-device", "cuda")
+    assert found == "--market-device cuda: expected the networks there too, not --no-cuda"
 
 
 @pytest.mark.slow
