@@ -23,7 +23,7 @@ from envs.trading import TradingVectorEnv
 from envs.trading_tables import TradingData
 
 NUM_ENVS, QUICK = (1024, 16_384, 65_536, 262_144, 1_048_576), (1024, 65_536)
-FILLED = 65_536  # markets that keep a large card busy; with fewer, starting its kernels is what takes the time
+FILLED = 65_536  # markets that should keep a large card busy; with fewer, starting its kernels takes most of the time
 NUM_STEPS = 32  # bars per market and rollout
 STEPS_IN_A_ROW = 8  # of the markets alone, between two looks at the clock
 MARKETS = {  # kind of data -> its vector env, and its market

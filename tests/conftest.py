@@ -234,6 +234,9 @@ def assert_same_rollout(found: dict, expected: dict):
         assert_same_bits(found[name], expected[name], name)
 
 
+SIMULATOR = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1", "CUDA_VISIBLE_DEVICES": ""}  # of a GPU, in the environment
+
+
 def run_python(*args: str, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """A fresh interpreter with envs/ and tests/ of `cwd` on its path; numba's switches come from `environment` alone."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("NUMBA_", "PYTEST_"))}

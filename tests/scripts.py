@@ -517,7 +517,6 @@ def agents_run(name: str, market: str) -> Path:
 
 
 KEPT = []  # folders that are deleted at the end
-SIMULATOR = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1", "CUDA_VISIBLE_DEVICES": ""}  # of a GPU, in the environment
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 

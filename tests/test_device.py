@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_env, on_host, ragged_panel, random_actions, run_python, whole
+from conftest import ROOT, SIMULATOR, TINY, make_env, on_host, ragged_panel, random_actions, run_python, whole
 from numba import config
 
 from envs import device
@@ -37,7 +37,7 @@ def test_all_of_this_holds_under_the_simulator():
         return  # this process runs them
     found = run_python(
         "-m", "pytest", "-n", "0", "-W", "ignore", str(ROOT / "tests" / "test_device.py"),
-        NUMBA_DISABLE_JIT="1", NUMBA_ENABLE_CUDASIM="1", timeout=600,
+        **SIMULATOR, timeout=600,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", found.stdout)[1]) >= 17  # none of those that need a device was skipped
@@ -227,6 +227,7 @@ def test_a_single_market_is_of_the_cpu(ragged):
 
 COMPILE = """
 import types
+import numba
 import numpy as np
 import conftest
 from numba import cuda, typeof
@@ -245,6 +246,7 @@ for module, data in (
     actions = env._check_actions(conftest.random_actions(env, 1)[0])
     scalars = np.zeros(1, scalars_dtype(env._parameters()))
     held = env._market, scalars, np.zeros(4, env._state.dtype), env._memory
+    assert module.step_cuda._cache.cache_path.startswith(numba.config.CACHE_DIR)  # which changes with the sources
     for kernel, args in ((module.reset_cuda, (*held, env._buffers)), (module.step_cuda, (*held, actions, env._buffers))):
         ptx, _ = cuda.compile_ptx(kernel.py_func, tuple(map(typeof, args)), cc=(9, 0))
         assert ".entry" in ptx

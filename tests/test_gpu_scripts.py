@@ -10,9 +10,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import SIMULATOR
 from scripts import (
     SCRIPTS,
-    SIMULATOR,
     Run,
     assert_same_content,
     assert_same_ledger,

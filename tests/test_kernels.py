@@ -12,6 +12,7 @@ from conftest import (
     CONSTRAINTS,
     FILLS,
     ROOT,
+    SIMULATOR,
     assert_same_bits,
     kernel_trace,
     kernel_trace_in_process,
@@ -24,7 +25,6 @@ from envs.portfolio_tables import PortfolioData
 from envs.trading_tables import TradingData
 
 PURE_PYTHON = {"NUMBA_DISABLE_JIT": "1"}
-SIMULATOR = {"NUMBA_DISABLE_JIT": "1", "NUMBA_ENABLE_CUDASIM": "1"}
 
 COMPILE = """
 import dataclasses, sys

@@ -7,8 +7,9 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import SIMULATOR
 from scipy.stats import norm
-from scripts import SCRIPTS, SIMULATOR, Bandit, Run, Toy, assert_same_content, finish, pinball, torchrun, with_gpu
+from scripts import SCRIPTS, Bandit, Run, Toy, assert_same_content, finish, pinball, torchrun, with_gpu
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from envs import portfolio_references

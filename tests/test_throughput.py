@@ -7,7 +7,7 @@ import pytest
 import throughput
 import throughput_gpu
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT, SIMULATOR, run_python
 
 TINY = "synthetic:leadlag:bars=300:train=1:val=1:test=1"
 SCRIPT = ROOT / "benchmark" / "throughput.py"
@@ -61,7 +61,7 @@ def test_device_section_under_the_simulator(tmp_path):
     command = [str(SCRIPT), "--device", "cuda", "--repeats", "1", "--seconds", "0.01", "--num-envs", "3"]
     command += ["--market", f"synthetic:leadlag:assets=4:leaders=2:followers=2{small}", "--out", str(tmp_path)]
     command += ["--portfolio", f"synthetic:ou{small}", "--trading", f"synthetic:ou{small}", "--only", "gpu-env", "gpu-roofline"]
-    done = run_python("-W", "ignore", *command, NUMBA_DISABLE_JIT="1", NUMBA_ENABLE_CUDASIM="1")
+    done = run_python("-W", "ignore", *command, **SIMULATOR)
     assert done.returncode == 0, done.stderr[-3000:]
     content = json.loads((tmp_path / "throughput_cuda.json").read_text())
     assert "simulated GPU" in content["machine"]["device"]
