@@ -5,20 +5,13 @@ a market. Nothing here waits for the GPU, so that a rollout can be captured into
 Under Numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1) all of this runs on the CPU's memory, which is how it is tested there.
 """
 
-import contextlib
 import importlib.util
 from typing import NamedTuple
 
 import gymnasium as gym
-import numba
 import numpy as np
 import torch
 from numba import config, cuda
-
-with contextlib.suppress(ImportError):  # numba-cuda has settings of its own; and this module is imported before any kernel
-    import numba.cuda.core.config
-
-    numba.cuda.core.config.CACHE_DIR = config.CACHE_DIR  # see envs/__init__.py
 
 THREADS = 8 if config.ENABLE_CUDASIM else 128  # of a block: registers, not threads, limit how many fit; simulated ones are slow
 DTYPES = {"int64": torch.int64, "uint64": torch.int64, "float64": torch.float64, "float32": torch.float32, "bool": torch.bool}
